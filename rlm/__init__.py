@@ -1,0 +1,69 @@
+"""Recursive Language Models, in sandboxes. See RLM for where to begin.
+
+Names are imported when they are first used: ``import rlm`` alone costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .client import BaseLM as BaseLM
+    from .client import Message as Message
+    from .client import Reply as Reply
+    from .client import Request as Request
+    from .client import Usage as Usage
+    from .client import UsageSummary as UsageSummary
+    from .config import Config as Config
+    from .environment import BaseEnv as BaseEnv
+    from .environment import CellError as CellError
+    from .environment import Isolation as Isolation
+    from .environment import REPLResult as REPLResult
+    from .environment import WorkerEnv as WorkerEnv
+    from .errors import RLMError as RLMError
+    from .events import Trace as Trace
+    from .handler import LMHandler as LMHandler
+    from .rlm import RLM as RLM
+    from .rlm import REPL as REPL
+    from .rlm import RLMChatCompletion as RLMChatCompletion
+    from .rlm import open_repl as open_repl
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BaseEnv": "environment",
+    "BaseLM": "client",
+    "CellError": "environment",
+    "Config": "config",
+    "Isolation": "environment",
+    "LMHandler": "handler",
+    "Message": "client",
+    "REPL": "rlm",
+    "REPLResult": "environment",
+    "RLM": "rlm",
+    "RLMChatCompletion": "rlm",
+    "RLMError": "errors",
+    "Reply": "client",
+    "Request": "client",
+    "Trace": "events",
+    "Usage": "client",
+    "UsageSummary": "client",
+    "WorkerEnv": "environment",
+    "open_repl": "rlm",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'rlm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,137 @@
+"""The settings of an RLM: one validated model, with a sentence for every field.
+
+`RLM(...)` takes the fields as keywords; `RLM.from_config` reads them from TOML, YAML or
+JSON. A key that is not here is an error that names the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError
+from .ledger import Limits
+
+_DEFAULTS = Limits()
+
+
+class Config(BaseModel):
+    """Everything an RLM can be told. Immutable, and reusable for any number of runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, strict=True)
+
+    backend: Any = Field("openai", description="Name of the model client, or a BaseLM.")
+    backend_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Keywords for the client's constructor."
+    )
+    environment: Any = Field(
+        "local", description="Name of the environment, or a BaseEnv whose settings each run copies."
+    )
+    environment_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Keywords for the environment's constructor."
+    )
+    max_iterations: int = Field(
+        _DEFAULTS.max_iterations, ge=1, description="Turns of a run before it is asked for its best answer."
+    )
+    max_depth: int = Field(
+        _DEFAULTS.max_depth,
+        ge=0,
+        description="0: no sandbox, one plain call. 1: cells may call models. 2: and child runs; and so on.",
+    )
+    max_timeout: float | None = Field(
+        None, gt=0, strict=False, description="Seconds of wall time for the run and its children."
+    )
+    cell_timeout: float | None = Field(
+        _DEFAULTS.cell_timeout,
+        gt=0,
+        strict=False,
+        description="Seconds one cell may compute; waiting for models does not count.",
+    )
+    max_calls: int | None = Field(None, ge=1, description="Model calls of the run and its children.")
+    max_errors: int | None = Field(
+        None, ge=1, description="Turns in a row whose cells may fail before the run ends."
+    )
+    max_output_chars: int = Field(
+        _DEFAULTS.max_output_chars, ge=200, description="Characters of a cell's output shown to the model."
+    )
+    max_concurrent_calls: int = Field(256, ge=1, description="Model calls in flight at a time.")
+    max_concurrent_subcalls: int = Field(
+        16, ge=1, description="Child runs that one rlm_query_batched has going at a time."
+    )
+    custom_system_prompt: str | None = Field(
+        None, description="Replaces the system prompt, exactly as written."
+    )
+    trace: Path | None = Field(
+        None, strict=False, description="File to which every event is appended, as JSON lines."
+    )
+    verbose: bool = Field(False, description="Show progress on the terminal.")
+
+    @classmethod
+    def create(cls, **values: Any) -> Config:
+        """A config from keywords. Raises ConfigError, naming what is wrong and what would be right."""
+        for key in values:
+            if key not in cls.model_fields:
+                raise ConfigError(_unknown(key, list(cls.model_fields)))
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}" for item in error.errors()
+            )
+            raise ConfigError(f"the configuration is not valid: {problems}") from None
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Config:
+        """A config from a TOML, YAML or JSON file, by its ending; ``overrides`` win over the file."""
+        path = Path(path)
+        values = _read(path)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds no table of settings")
+        return cls.create(**{**values, **overrides})
+
+    def limits(self) -> Limits:
+        """The limits among these settings."""
+        names = (field.name for field in dataclasses.fields(Limits))
+        return Limits(**{name: getattr(self, name) for name in names})
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return f"there is no setting {key!r}: {hint}"
+
+
+def _read(path: Path) -> Any:
+    parsers: dict[str, Callable[[str], Any]] = {
+        ".toml": _parse_toml, ".json": json.loads, ".yaml": _parse_yaml, ".yml": _parse_yaml,
+    }  # fmt: skip
+    parse = parsers.get(path.suffix.lower())
+    if parse is None:
+        raise ConfigError(f"{path}: a configuration ends in {', '.join(parsers)}")
+    try:
+        return parse(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the configuration {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+
+
+def _parse_toml(text: str) -> Any:
+    import tomllib
+
+    return tomllib.loads(text)
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

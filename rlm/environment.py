@@ -1,0 +1,402 @@
+"""What an environment is, and the one implementation that all workers share.
+
+`BaseEnv` is the whole contract: start, add contexts, execute cells, close. An
+environment whose code runs in a Python of its own is a `WorkerEnv`, and only says how
+to launch the worker and how to make sure that it is gone. Deadlines, interrupts,
+recovery and contexts are here, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+from . import context as contexts
+from . import protocol
+from .errors import ConfigError, SandboxError, SandboxLost
+from .handler import LMHandler
+from .session import ServeCalls, Session
+
+START_TIMEOUT = 60.0
+"""Seconds a worker gets to report."""
+
+INTERRUPT_GRACE = 0.5
+"""Seconds between the interrupt that a cell can catch and the kill that it cannot."""
+
+RECOVERY_TIMEOUT = 10.0
+"""Seconds a supervisor gets to kill a cell and bring the session back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Isolation:
+    """What stands between a cell and the host."""
+
+    level: str
+    """Named by the environment, e.g. ``"bubblewrap"`` or ``"none"``."""
+    enforced: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    """What this environment means to enforce and this machine does not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CellError:
+    """Why a cell failed. The session goes on."""
+
+    kind: Literal["exception", "timeout", "crash"]
+    type: str
+    message: str
+    traceback: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class REPLResult:
+    """What came of one cell."""
+
+    stdout: str = ""
+    stderr: str = ""
+    echo: str = ""
+    """The repr of the last expression, empty when there is none or it is None."""
+    value: Any = None
+    """The value of the last expression, when it is plain data (what JSON holds without loss)."""
+    error: CellError | None = None
+    final_answer: str | None = None
+    final_value: Any = None
+    """The final answer as data, when it is plain data and not a str."""
+    draft: str = ""
+    """What stands in ``answer["content"]`` without being declared ready."""
+    note: str | None = None
+    """Something the author of the cell should know."""
+    lost: tuple[str, ...] = ()
+    """What did not survive the cell: threads, or all variables."""
+    execution_time: float = 0.0
+    """Seconds, waiting for models included."""
+    isolation: Isolation = Isolation("unknown")
+
+
+@dataclasses.dataclass
+class Host:
+    """What an environment gets from the core when it starts."""
+
+    handler: LMHandler
+    serve: ServeCalls
+    """Answers a cell's calls: `protocol.Call` and its texts to one str or error for each."""
+    on_output: Callable[[str, str], None] = lambda stream, text: None
+    """Told what a running cell prints: stream and text."""
+
+
+class BaseEnv(ABC):
+    """A sandbox with one namespace, in which cells run one after another.
+
+    A context becomes ``context_N``, the first one ``context`` as well. Every method runs
+    on the core's event loop. The code's failures are results; SandboxError is raised only
+    when the sandbox itself fails.
+    """
+
+    isolation: Isolation = Isolation("unknown")
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        self._arguments = (args, kwargs)
+        return self
+
+    def fresh(self) -> Self:
+        """Another one with the same settings, not started: an object is a pattern for its runs."""
+        args, kwargs = self._arguments
+        return type(self)(*args, **kwargs)
+
+    @abstractmethod
+    async def start(self, host: Host) -> None:
+        """Bring the sandbox up. Raises SandboxUnavailable, saying what to do next."""
+
+    @abstractmethod
+    async def add_context(self, value: Any) -> int:
+        """Put a context into the namespace. Returns its index N."""
+
+    @abstractmethod
+    async def execute(self, code: str, *, timeout: float | None = None) -> REPLResult:
+        """Run one cell. ``timeout`` is in seconds of computing; waiting for a call does not count."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Leave nothing behind: processes, files, connections. Safe twice, and half-started."""
+
+
+class Deadline:
+    """Calls back once when a cell has computed for ``seconds``; the clock stands while it waits."""
+
+    def __init__(self, seconds: float | None, expired: Callable[[], None]) -> None:
+        self._left = seconds
+        self._expired = expired
+        self._since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def run(self) -> None:
+        """The cell computes."""
+        if self._left is not None and self._timer is None:
+            self._since = time.monotonic()
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(self._left, 0.0), self._expire)
+
+    def stand(self) -> None:
+        """The cell waits for a model."""
+        if self._timer is not None and self._left is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._left -= time.monotonic() - self._since
+
+    def cancel(self) -> None:
+        """The cell is done."""
+        self.stand()
+        self._left = None
+
+    def _expire(self) -> None:
+        self._timer = None
+        self._left = None
+        self._expired()
+
+
+class WorkerEnv(BaseEnv):
+    """An environment that runs `rlm.worker`: subclasses launch it and see it gone.
+
+    ``launch`` starts a worker that will connect to ``session``; ``stop`` is called once
+    the session is closed, and returns when nothing of the sandbox is left.
+    """
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self._host: Host | None = None
+        self._turn = asyncio.Lock()
+        self._pending: dict[int, asyncio.Future[tuple[protocol.Message, list[bytes]]]] = {}
+        self._deadline = Deadline(None, lambda: None)
+        self._cells = 0
+        self._loads = 0
+        self._contexts: list[tuple[list[str], Any]] = []
+        self._lost: list[str] = []
+
+    # -- what a launcher says
+
+    @abstractmethod
+    async def launch(self, session: Session, handler: LMHandler) -> None:
+        """Start a worker for ``session``. It is to connect to ``handler.address``."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Return when nothing is left. Called after the connection is closed; safe twice."""
+
+    def describe_isolation(self, hello: protocol.Hello) -> Isolation:
+        """What the worker's report amounts to. May raise SandboxUnavailable."""
+        return Isolation(type(self).__name__, tuple(hello.enforced), tuple(hello.missing))
+
+    def share(self, data: bytes) -> bool:
+        """Hand over ``data`` without the connection, where the two share a kernel."""
+        return False
+
+    # -- the contract
+
+    async def start(self, host: Host) -> None:
+        self._host = host
+        self.session = host.handler.open_session(host.serve, self._receive)
+        self.session.on_waiting = self._waiting
+        try:
+            await self.launch(self.session, host.handler)
+            hello = await self.session.connected(START_TIMEOUT)
+            self.isolation = self.describe_isolation(hello)
+        except BaseException:
+            await self.close()
+            raise
+        self.session.lost.add_done_callback(self._connection_lost)
+
+    async def add_context(self, value: Any) -> int:
+        index = len(self._contexts)
+        names = [f"context_{index}"] + (["context"] if index == 0 else [])
+        async with self._turn:
+            await self._load(names, value)
+        self._contexts.append((names, value))
+        return index
+
+    async def execute(self, code: str, *, timeout: float | None = None) -> REPLResult:
+        async with self._turn:
+            start = time.perf_counter()
+            self._cells += 1
+            number = self._cells
+            self._deadline = Deadline(timeout, lambda: self._interrupt(number))
+            reply = self._ask({"t": "execute", "id": number}, [code.encode("utf-8", "surrogatepass")])
+            self._deadline.run()
+            try:
+                message, blobs = await reply
+            except asyncio.CancelledError:
+                self._send_if_connected({"t": "kill", "id": number})
+                raise
+            finally:
+                self._deadline.cancel()
+                self._pending.pop(number, None)
+            assert isinstance(message, protocol.Result)
+            result = self._result(message, blobs, time.perf_counter() - start, timeout)
+            if message.crash is not None and message.crash.state == "lost":
+                await self._reload()
+            return result
+
+    async def close(self) -> None:
+        if self.session is not None and self._host is not None:
+            self._host.handler.close_session(self.session)
+        self._deadline.cancel()
+        await self.stop()
+
+    # -- talking to the worker
+
+    def _ask(
+        self, header: dict[str, Any], blobs: list[bytes]
+    ) -> asyncio.Future[tuple[protocol.Message, list[bytes]]]:
+        if self.session is None:
+            raise SandboxError("the environment has not been started")
+        future = asyncio.get_running_loop().create_future()
+        self.session.send(header, blobs)
+        self._pending[header["id"]] = future
+        return future
+
+    def _send_if_connected(self, header: dict[str, Any]) -> None:
+        with contextlib.suppress(SandboxLost):
+            assert self.session is not None
+            self.session.send(header)
+
+    def _receive(self, message: protocol.Message, blobs: list[bytes]) -> None:
+        if isinstance(message, protocol.Output):
+            if message.id in self._pending and self._host is not None:
+                self._host.on_output(message.stream, _decode(blobs[0]) if blobs else "")
+        elif isinstance(message, protocol.CrashNotice):
+            self._lost += _losses(message.crash) or ["what ran in the background"]
+        elif isinstance(message, protocol.Result | protocol.Loaded):
+            future = self._pending.get(message.id)
+            if future is not None and not future.done():
+                future.set_result((message, blobs))
+
+    def _connection_lost(self, lost: asyncio.Future[str]) -> None:
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(SandboxLost(f"the sandbox is gone: {lost.result()}"))
+
+    # -- deadlines
+
+    def _waiting(self, waiting: bool) -> None:
+        if waiting:
+            self._deadline.stand()
+        else:
+            self._deadline.run()
+
+    def _interrupt(self, number: int) -> None:
+        """The cell is out of time: ask, then kill, then give the sandbox up."""
+        loop = asyncio.get_running_loop()
+        self._send_if_connected({"t": "interrupt", "id": number})
+
+        def kill() -> None:
+            if number in self._pending:
+                self._send_if_connected({"t": "kill", "id": number})
+                loop.call_later(RECOVERY_TIMEOUT, give_up)
+
+        def give_up() -> None:
+            if number in self._pending and self.session is not None:
+                self.session.abort("the supervisor did not recover from a cell")
+
+        loop.call_later(INTERRUPT_GRACE, kill)
+
+    # -- contexts
+
+    async def _load(self, names: list[str], value: Any) -> None:
+        form, data = contexts.encode(value)
+        self._loads += 1
+        number = -self._loads  # cells are numbered from 1, as their tracebacks say
+        shared = self.share(data)
+        header = {"t": "load", "id": number, "names": names, "format": form, "shared": shared}
+        try:
+            message, _ = await self._ask(header, [] if shared else [data])
+        finally:
+            self._pending.pop(number, None)
+        if isinstance(message, protocol.Loaded) and message.error:
+            raise ConfigError(f"the context cannot be loaded in the sandbox: {message.error}")
+
+    async def _reload(self) -> None:
+        for names, value in self._contexts:
+            await self._load(names, value)
+
+    # -- results
+
+    def _result(
+        self, message: protocol.Result, blobs: list[bytes], seconds: float, timeout: float | None
+    ) -> REPLResult:
+        if len(message.parts) != len(blobs):
+            assert self.session is not None
+            self.session.abort("a result's parts do not match its blobs")
+            raise SandboxLost("the sandbox broke the protocol: a result that does not add up")
+        parts = dict(zip(message.parts, blobs, strict=True))
+        text = {name: _decode(data) for name, data in parts.items()}
+        lost = tuple(self._lost) + (_losses(message.crash) if message.crash else ())
+        self._lost.clear()
+        return REPLResult(
+            stdout=text.get("stdout", ""),
+            stderr=text.get("stderr", ""),
+            echo=text.get("echo", ""),
+            value=_plain(text.get("value")),
+            error=_error(message, text.get("traceback", ""), timeout),
+            final_answer=text.get("final"),
+            final_value=_plain(text.get("final_value")),
+            draft=text.get("draft", ""),
+            note=message.note,
+            lost=lost,
+            execution_time=seconds,
+            isolation=self.isolation,
+        )
+
+
+def _decode(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _plain(text: str | None) -> Any:
+    """JSON that came out of a sandbox; what is none is dropped."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _losses(crash: protocol.Crash) -> tuple[str, ...]:
+    if crash.state == "lost":
+        return ("every variable but the contexts",)
+    return tuple(name[:100] for name in crash.lost[:20])
+
+
+def _error(message: protocol.Result, traceback: str, timeout: float | None) -> CellError | None:
+    if message.crash is not None:
+        return _crash_error(message.crash, timeout)
+    if message.error is None:
+        return None
+    kind, text = message.error
+    if kind == "KeyboardInterrupt" and timeout is not None:
+        return CellError("timeout", "CellTimeout", _out_of_time(timeout), traceback)
+    if kind == "SystemExit":
+        text = "the cell called exit(); the session goes on, and so do its variables"
+    return CellError("exception", kind, text, traceback)
+
+
+def _crash_error(crash: protocol.Crash, timeout: float | None) -> CellError:
+    if crash.cause == "killed" and timeout is not None:
+        return CellError("timeout", "CellTimeout", f"{_out_of_time(timeout)} and had to be killed")
+    if crash.cause == "signal":
+        hint = " (out of memory, perhaps)" if crash.code == 9 else ""
+        text = f"the cell's process was killed by signal {crash.code}{hint}"
+    elif crash.cause == "exit":
+        text = f"the cell ended its own process with exit code {crash.code}"
+    else:
+        text = f"the cell's process had to be ended: {crash.cause[:200]}"
+    return CellError("crash", "CellCrash", text)
+
+
+def _out_of_time(timeout: float) -> str:
+    return f"the cell computed for longer than {timeout:g} s"

@@ -1,0 +1,259 @@
+"""What happened in a run, typed. The trace is the list of these, and nothing else.
+
+The loop, the handler and the environments only emit; console, files and metrics
+subscribe. An event never holds a secret: requests are recorded as messages, never as
+what a client sends over the network.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from .client import Finish, Message, Usage, UsageSummary
+
+log = logging.getLogger("rlm")
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
+    """Something that happened. ``at`` is in seconds since the start of the run tree."""
+
+    at: float
+    run: str
+    """The run it belongs to; a child run has an id of its own."""
+    parent: str | None = None
+    """The run that started this one; None for the root."""
+    depth: int = 0
+
+
+class RunStarted(Event, frozen=True, kw_only=True, tag="run_started"):
+    """A run, or a child run, begins."""
+
+    question: str | None
+    context: str
+    """What the context is, in words: its type and size, never its content."""
+    backend: str
+    environment: str
+    started: str | None = None
+    """Wall-clock time, ISO 8601, on the root run only."""
+
+
+class SandboxStarted(Event, frozen=True, kw_only=True, tag="sandbox_started"):
+    """The run's environment is up, with its contexts loaded."""
+
+    environment: str
+    level: str
+    enforced: list[str]
+    missing: list[str]
+    seconds: float
+
+
+class ModelRequested(Event, frozen=True, kw_only=True, tag="model_requested"):
+    """A call goes out. Histories only grow, so only what is new is recorded."""
+
+    call: int
+    kind: Literal["root", "sub"]
+    model: str
+    prefix: int
+    """How many messages of this run's previous root request stand before ``messages``."""
+    messages: list[Message]
+
+
+class ModelReplied(Event, frozen=True, kw_only=True, tag="model_replied"):
+    """A call came back."""
+
+    call: int
+    kind: Literal["root", "sub"]
+    model: str
+    text: str
+    finish: Finish
+    usage: Usage
+    seconds: float
+
+
+class ModelFailed(Event, frozen=True, kw_only=True, tag="model_failed"):
+    """A call came back with an error."""
+
+    call: int
+    kind: Literal["root", "sub"]
+    model: str
+    error: str
+    seconds: float
+
+
+class CellStarted(Event, frozen=True, kw_only=True, tag="cell_started"):
+    """A code block goes to the sandbox."""
+
+    cell: int
+    iteration: int
+    code: str
+
+
+class CellOutput(Event, frozen=True, kw_only=True, tag="cell_output"):
+    """A running cell has printed something: a batch, which the cell's result repeats."""
+
+    cell: int
+    stream: Literal["stdout", "stderr"]
+    text: str
+
+
+class CellFinished(Event, frozen=True, kw_only=True, tag="cell_finished"):
+    """A code block is done, one way or another."""
+
+    cell: int
+    iteration: int
+    stdout: str = ""
+    stderr: str = ""
+    echo: str = ""
+    error: str | None = None
+    traceback: str = ""
+    lost: list[str] = []
+    final: bool = False
+    seconds: float
+
+
+class LimitReached(Event, frozen=True, kw_only=True, tag="limit_reached"):
+    """A limit stopped something."""
+
+    limit: str
+    message: str
+
+
+class Warned(Event, frozen=True, kw_only=True, tag="warned"):
+    """Something the user should know that stops nothing."""
+
+    message: str
+
+
+class RunFinished(Event, frozen=True, kw_only=True, tag="run_finished"):
+    """A run is over. ``stopped`` says why: a final answer, a limit, or an error."""
+
+    stopped: str
+    response: str | None
+    error: str | None = None
+    iterations: int
+    seconds: float
+    usage: UsageSummary
+    """Of the whole tree up to now."""
+
+
+AnyEvent = (
+    RunStarted
+    | SandboxStarted
+    | ModelRequested
+    | ModelReplied
+    | ModelFailed
+    | CellStarted
+    | CellOutput
+    | CellFinished
+    | LimitReached
+    | Warned
+    | RunFinished
+)
+
+Subscriber = Callable[[Any], None]
+_encoder = msgspec.json.Encoder()
+
+
+class Trace:
+    """The events of one run tree, in order."""
+
+    def __init__(self, events: Iterable[AnyEvent] = ()) -> None:
+        self.events: list[AnyEvent] = list(events)
+
+    def __iter__(self) -> Iterator[AnyEvent]:
+        return iter(self.events)
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def of_run(self, run: str) -> list[AnyEvent]:
+        """The events of one run, without those of its children."""
+        return [event for event in self.events if event.run == run]
+
+    def children(self, run: str) -> list[str]:
+        """The ids of the runs that ``run`` started."""
+        started = (event for event in self.events if isinstance(event, RunStarted))
+        return [event.run for event in started if event.parent == run]
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON lines, readable by the owner only."""
+        with JSONLWriter(path) as writer:
+            for event in self.events:
+                writer(event)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read JSON lines that `save` or a `JSONLWriter` wrote."""
+        decoder = msgspec.json.Decoder(AnyEvent)
+        with open(path, "rb") as file:
+            return cls(decoder.decode(line) for line in file if line.strip())
+
+
+class JSONLWriter:
+    """A subscriber that appends every event to a file, one JSON object a line.
+
+    Lines are written as events happen, so that a run that dies leaves all but its last
+    moment. A full disk stops the recording, with one warning, and not the run.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: Any = open(  # noqa: SIM115 - closed by close()
+            self.path, "ab", buffering=0, opener=_private
+        )
+
+    def __call__(self, event: AnyEvent) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(_encoder.encode(event) + b"\n")
+        except OSError as error:
+            log.warning("the trace %s ends here: %s", self.path, error)
+            self.close()
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> JSONLWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _private(path: str, flags: int) -> int:
+    import os
+
+    return os.open(path, flags, 0o600)
+
+
+class EventBus:
+    """Takes the events of one run tree, keeps them, and passes them on."""
+
+    def __init__(self, subscribers: Iterable[Subscriber] = ()) -> None:
+        self.trace = Trace()
+        self._subscribers = list(subscribers)
+        self._start = time.monotonic()
+
+    def now(self) -> float:
+        """Seconds since the run tree began."""
+        return time.monotonic() - self._start
+
+    def emit(self, event: AnyEvent) -> None:
+        """Record an event and tell every subscriber; one that raises is dropped, with a log entry."""
+        self.trace.events.append(event)
+        for subscriber in tuple(self._subscribers):
+            try:
+                subscriber(event)
+            except Exception:  # a boundary: somebody else's code must not end a paid run
+                log.exception("an event subscriber failed and is dropped: %r", subscriber)
+                self._subscribers.remove(subscriber)

@@ -1,0 +1,87 @@
+"""A name to a class, by entry point.
+
+Environments and clients, the built-in ones included, are found in the entry-point groups
+``rlm.environments`` and ``rlm.clients``, and imported when first asked for by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.metadata
+from typing import Any, Literal
+
+from .errors import BrokenPlugin, PluginConflict, UnknownPlugin
+
+Group = Literal["rlm.environments", "rlm.clients"]
+
+_WORD = {"rlm.environments": "environment", "rlm.clients": "backend"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """One entry point: a name, and the distribution it comes from."""
+
+    name: str
+    target: str
+    distribution: str
+    version: str
+    entry_point: importlib.metadata.EntryPoint
+
+    def load(self) -> Any:
+        """Import the class. Raises BrokenPlugin, with the reason as its cause."""
+        try:
+            return self.entry_point.load()
+        except Exception as error:  # a boundary: importing a stranger's module may raise anything
+            raise BrokenPlugin(
+                f"{self.name!r} ({self.distribution} {self.version}) is installed but cannot be "
+                f"imported: {type(error).__name__}: {error}"
+            ) from error
+
+
+def installed(group: Group) -> list[Plugin]:
+    """Every entry point of a group, by name. Nothing is imported."""
+    found = {
+        (point.name, point.value, _owner(point)): point
+        for point in importlib.metadata.entry_points(group=group)
+    }
+    return [
+        Plugin(name, target, *owner, entry_point=point)
+        for (name, target, owner), point in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def _owner(point: importlib.metadata.EntryPoint) -> tuple[str, str]:
+    return (point.dist.name, point.dist.version) if point.dist else ("unknown", "?")
+
+
+def load(group: Group, name: str) -> Any:
+    """The class that a name stands for.
+
+    Raises UnknownPlugin, PluginConflict or BrokenPlugin, each with what to do next.
+    """
+    plugins = installed(group)
+    matches = [plugin for plugin in plugins if plugin.name == name]
+    if len(matches) == 1:
+        return matches[0].load()
+    word = _WORD[group]
+    if matches:
+        owners = " and ".join(f"{p.distribution} {p.version} ({p.target})" for p in matches)
+        raise PluginConflict(f"the {word} {name!r} is claimed by {owners}: uninstall one of them")
+    names = [plugin.name for plugin in plugins]
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UnknownPlugin(
+        f"no {word} is called {name!r}{hint or '.'} Installed: {', '.join(names) or 'none'}. "
+        f"{_where_to_get(name, word)}"
+    )
+
+
+def _where_to_get(name: str, word: str) -> str:
+    try:
+        extras = importlib.metadata.metadata("rlm").get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        extras = []
+    if name in extras:
+        return f"Install it with: pip install 'rlm[{name}]'"
+    return f"Install a package that offers this {word}, or pass an object in place of a name."

@@ -1,0 +1,285 @@
+"""RLM: the public face, in three forms: synchronous, asynchronous, streaming.
+
+And `open_repl`, an environment without a loop around it. Whatever the form, the work
+happens on the core's one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import context as contexts
+from . import hostloop, plugins
+from .client import BaseLM, UsageSummary
+from .environment import BaseEnv, Host, REPLResult
+from .errors import ConfigError
+from .events import AnyEvent, EventBus, JSONLWriter, Subscriber, Trace
+from .handler import LMHandler
+from .ledger import Ledger, Limits
+from .loop import Run, Stopped, Tree
+
+if TYPE_CHECKING:
+    from .config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class RLMChatCompletion:
+    """What came of a completion."""
+
+    response: str
+    """The final answer."""
+    value: Any
+    """The final answer as data, when it was plain data and not a str; else None."""
+    stopped: Stopped
+    """``"final"``: submitted. ``"max_iterations"``: the best there was when the turns ran out."""
+    root_model: str
+    iterations: int
+    execution_time: float
+    """Seconds."""
+    usage_summary: UsageSummary
+    """Of the whole run tree."""
+    trace: Trace
+
+    @property
+    def is_best_effort(self) -> bool:
+        """Whether the answer was asked for when a limit was reached, and not submitted."""
+        return self.stopped == "max_iterations"
+
+
+class RLM:
+    """A model that answers questions about contexts of any length by writing code.
+
+    Takes the fields of `Config` as keywords, and ``on_event``, a function that is told
+    every event on the core's thread. Constructing costs nothing; the first completion
+    starts what is needed. Reusable, also by several threads at once.
+    """
+
+    def __init__(self, *, on_event: Subscriber | None = None, **settings: Any) -> None:
+        from .config import Config
+
+        self.config: Config = Config.create(**settings)
+        self._on_event = on_event
+        self._client: BaseLM | None = None
+
+    @classmethod
+    def from_config(cls, path: str | Path, *, on_event: Subscriber | None = None, **overrides: Any) -> RLM:
+        """An RLM from a TOML, YAML or JSON file; keywords win over the file."""
+        from .config import Config
+
+        config = Config.load(path, **overrides)
+        return cls(on_event=on_event, **{name: getattr(config, name) for name in config.model_fields_set})
+
+    # -- completions
+
+    def completion(self, prompt: Any, root_prompt: str | None = None) -> RLMChatCompletion:
+        """Answer ``root_prompt`` about ``prompt``, which is the context.
+
+        The context is a str, bytes, list, dict, or a Path (or several): files are read,
+        a directory becomes a dict of its files. Without ``root_prompt`` the task is in the
+        context. Raises RLMError; one that ended a run carries its partial answer, usage
+        and trace. Ctrl-C stops the run, cleans up, and raises KeyboardInterrupt.
+        """
+        return hostloop.run(self._complete(prompt, root_prompt, []))
+
+    async def acompletion(self, prompt: Any, root_prompt: str | None = None) -> RLMChatCompletion:
+        """`completion`, awaited. Cancelling it stops the run and cleans up."""
+        return await hostloop.delegate(self._complete(prompt, root_prompt, []))
+
+    async def astream(self, prompt: Any, root_prompt: str | None = None) -> AsyncIterator[AnyEvent]:
+        """The events of a completion as they happen; the last is the root's RunFinished.
+
+        Errors are raised after the events that led to them. Leaving the loop early stops the run.
+        """
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[AnyEvent | None] = asyncio.Queue()
+
+        def put(event: AnyEvent | None) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        task = asyncio.ensure_future(
+            hostloop.delegate(self._complete(prompt, root_prompt, [put]))
+        )
+        task.add_done_callback(lambda _: put(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+            await task
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+
+    def close(self) -> None:
+        """Close the model client, if this RLM made it. Safe to call twice."""
+        client, self._client = self._client, None
+        if client is not None and client is not self.config.backend:
+            hostloop.run(client.aclose())
+
+    def __enter__(self) -> RLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- on the core's loop
+
+    async def _complete(
+        self, prompt: Any, root_prompt: str | None, subscribers: list[Subscriber]
+    ) -> RLMChatCompletion:
+        config = self.config
+        if root_prompt is not None and not isinstance(root_prompt, str):
+            raise ConfigError(f"root_prompt is the question, a str, not {type(root_prompt).__name__}")
+        subscribers = [*subscribers, *([self._on_event] if self._on_event else [])]
+        if config.verbose:
+            from .console import Console
+
+            subscribers.append(Console())
+        context = contexts.resolve(prompt)
+        client = self._connect()
+        if config.trace is None:
+            return await self._run(client, context, root_prompt, EventBus(subscribers))
+        with JSONLWriter(config.trace) as writer:
+            return await self._run(client, context, root_prompt, EventBus([*subscribers, writer]))
+
+    async def _run(
+        self, client: BaseLM, context: Any, question: str | None, events: EventBus
+    ) -> RLMChatCompletion:
+        config = self.config
+        ledger = Ledger(config.limits())
+        handler = LMHandler(client, ledger, events, concurrency=config.max_concurrent_calls)
+        async with handler:
+            tree = Tree(
+                handler, ledger, events, _environment_factory(config.environment, config.environment_kwargs),
+                _name(config.environment), _name(config.backend), config.custom_system_prompt,
+                config.max_concurrent_subcalls,
+            )  # fmt: skip
+            outcome = await Run(tree, context, question).run()
+        return RLMChatCompletion(
+            outcome.response, outcome.value, outcome.stopped, client.model_name, outcome.iterations,
+            events.now(), ledger.usage(), events.trace,
+        )  # fmt: skip
+
+    def _connect(self) -> BaseLM:
+        """The client, made on first use, on the core's loop."""
+        if self._client is None:
+            backend = self.config.backend
+            if isinstance(backend, BaseLM):
+                self._client = backend
+            elif isinstance(backend, str):
+                kind = plugins.load("rlm.clients", backend)
+                self._client = _construct(kind, self.config.backend_kwargs, f"backend {backend!r}")
+            else:
+                raise ConfigError(
+                    f"backend={backend!r}: give the name of a client (see `rlm clients`), or a BaseLM"
+                )
+        return self._client
+
+
+class REPL:
+    """An environment without a loop: run cells in a sandbox from ordinary code.
+
+    A context manager. ``llm_query`` in a cell raises, unless a ``backend`` is given.
+    """
+
+    def __init__(
+        self, environment: Any, backend: BaseLM | None, settings: dict[str, Any], on_output: Callable[[str, str], None]
+    ) -> None:
+        self._new = _environment_factory(environment, settings)
+        self._backend = backend
+        self._on_output = on_output
+        self._env: BaseEnv | None = None
+        self._handler: LMHandler | None = None
+
+    def __enter__(self) -> REPL:
+        hostloop.run(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def execute(self, code: str, *, timeout: float | None = None) -> REPLResult:
+        """Run one cell. ``timeout`` is in seconds of computing; None waits for ever."""
+        return hostloop.run(self._started().execute(code, timeout=timeout))
+
+    def add_context(self, value: Any) -> int:
+        """Put data (or the content of Paths) into the session as ``context_N``. Returns N."""
+        return hostloop.run(self._started().add_context(contexts.resolve(value)))
+
+    def close(self) -> None:
+        """End the session and leave nothing behind. Safe to call twice."""
+        hostloop.run(self._stop())
+
+    @property
+    def isolation(self) -> Any:
+        """What stands between the cells and this process."""
+        return self._started().isolation
+
+    def _started(self) -> BaseEnv:
+        if self._env is None:
+            raise ConfigError("the session is not open: use `with open_repl(...) as repl:`")
+        return self._env
+
+    async def _start(self) -> None:
+        ledger, events = Ledger(Limits(max_depth=1)), EventBus()
+        self._handler = await LMHandler(self._backend, ledger, events).__aenter__()
+        tree = Tree(self._handler, ledger, events, self._new, "repl", "repl", None, 1)
+        env = self._new()
+        try:
+            await env.start(Host(self._handler, Run(tree, "", None).serve, self._on_output))
+        except BaseException:
+            await self._handler.__aexit__()
+            raise
+        self._env = env
+
+    async def _stop(self) -> None:
+        env, self._env = self._env, None
+        handler, self._handler = self._handler, None
+        if env is not None:
+            await env.close()
+        if handler is not None:
+            await handler.__aexit__()
+
+
+def open_repl(
+    environment: Any = "local",
+    *,
+    backend: BaseLM | None = None,
+    on_output: Callable[[str, str], None] = lambda stream, text: None,
+    **settings: Any,
+) -> REPL:
+    """A sandbox to run cells in: ``with open_repl("local") as repl: repl.execute("x = 1")``.
+
+    ``settings`` go to the environment's constructor; ``on_output`` is told what a running
+    cell prints, as (stream, text).
+    """
+    return REPL(environment, backend, settings, on_output)
+
+
+def _environment_factory(environment: Any, settings: dict[str, Any]) -> Callable[[], BaseEnv]:
+    """How to make a fresh environment from a name, a class, or an instance that serves as a pattern."""
+    if isinstance(environment, BaseEnv):
+        if settings:
+            raise ConfigError("environment_kwargs have no use with an environment object: give them to it")
+        return environment.fresh
+    kind = plugins.load("rlm.environments", environment) if isinstance(environment, str) else environment
+    if not callable(kind):
+        raise ConfigError(
+            f"environment={environment!r}: give a name (see `rlm environments`), a BaseEnv, or its class"
+        )
+    what = f"environment {environment!r}" if isinstance(environment, str) else "the environment"
+    return lambda: _construct(kind, settings, what)
+
+
+def _construct(kind: Any, settings: dict[str, Any], what: str) -> Any:
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise ConfigError(f"{what} does not take these settings: {error}") from error
+
+
+def _name(thing: Any) -> str:
+    return thing if isinstance(thing, str) else type(thing).__name__

@@ -1,0 +1,1264 @@
+"""The process inside a sandbox: a supervisor that holds the channel, an executor that runs cells.
+
+The supervisor never runs a line of a cell. It owns the stream to the host, relays whole
+frames, collects what cells print through pipes, and kills and replaces the executor. The
+executor is forked from it; cells run there, in its main thread, in one namespace. After
+every cell the executor forks a *standby*: itself as it is now, asleep, its memory shared
+copy-on-write. When a cell has to be killed, or dies, the standby takes over, so that the
+cell costs only itself.
+
+Shipped as it stands to every environment that has a Python of its own: standard library
+only, CPython 3.8 and later. It decides no policy: deadlines, budgets and what a call may
+do are the host's, what a process must give up is told by ``options``.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections
+import inspect
+import io
+import json
+import linecache
+import os
+import pickle
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+import types
+from typing import Any, Callable, Iterable, NoReturn, Sequence
+
+from rlm import lockdown, wire
+
+READ_SIZE = 1 << 18
+PIPE_SIZE = 1 << 16
+"""Capacity of a Linux pipe: the most that can be waiting in one when a cell ends."""
+
+STREAM_INTERVAL = 0.05
+"""Seconds between two batches of output of a running cell."""
+
+BACKLOG_LIMIT = 8 << 20
+"""Bytes waiting for the host before the executor is no longer read: a cell that calls
+faster than the host reads is slowed down, not buffered."""
+
+RESTART_LIMIT = 3
+"""Executors that may die in a row before they are ready, before the session is given up."""
+
+PLAIN_LIMIT = 1 << 20
+"""Bytes of JSON up to which the value of a last expression travels as data."""
+
+ECHO_LIMIT = 20_000
+"""Characters of the repr of a last expression."""
+
+TRACEBACK_LIMIT = 20_000
+"""Characters of a traceback; the first and the last half are kept."""
+
+def _parse(header: bytes) -> tuple[tuple[dict[str, Any], bytes], Sequence[int]]:
+    """A header as a dict, beside its bytes, so that relaying need not encode it again."""
+    message, sizes = wire.parse_dict(header)
+    return (message, header), sizes
+
+
+def _decoder() -> wire.Decoder[tuple[dict[str, Any], bytes]]:
+    return wire.Decoder(_parse, blob_limit=wire.UNLIMITED)
+
+
+def _text(value: str) -> bytes:
+    """Any str as UTF-8; what UTF-8 has no form for (lone surrogates) is written as an escape."""
+    return value.encode("utf-8", "backslashreplace")
+
+
+def _clip(text: str, limit: int) -> str:
+    """The head and the tail of a text, with the size of the gap between them."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n... [{len(text) - 2 * half} characters left out] ...\n{text[-half:]}"
+
+
+# --- the supervisor ---------------------------------------------------------------------------
+
+
+class Outbox:
+    """Bytes on their way to a descriptor that may not take them all at once."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.size = 0
+        self._chunks: collections.deque[memoryview] = collections.deque()
+
+    def send(self, data: bytes) -> None:
+        """Write what fits now, and keep the rest for `flush`."""
+        self._chunks.append(memoryview(data))
+        self.size += len(data)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write until all is out or the descriptor is full."""
+        while self._chunks:
+            try:
+                written = os.write(self.fd, self._chunks[0][: 1 << 20])
+            except BlockingIOError:
+                return
+            self.size -= written
+            if written == len(self._chunks[0]):
+                self._chunks.popleft()
+            else:
+                self._chunks[0] = self._chunks[0][written:]
+
+
+class Captured:
+    """One output stream of one cell: its head, its tail, and how much lay between."""
+
+    def __init__(self, limit: int) -> None:
+        self._half = limit // 2
+        self._clear()
+
+    def _clear(self) -> None:
+        self._head = bytearray()
+        self._tail = bytearray()
+        self._dropped = 0
+        self._streamed = 0
+
+    def add(self, data: bytes) -> None:
+        """Take output; past the limit only its tail is kept."""
+        room = self._half - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        if len(self._tail) > 2 * self._half:
+            self._trim()
+
+    def _trim(self) -> None:
+        excess = len(self._tail) - self._half
+        if excess > 0:
+            self._dropped += excess
+            del self._tail[:excess]
+
+    @property
+    def unsent(self) -> bool:
+        """Whether `batch` has something new to give."""
+        return self._streamed < len(self._head)
+
+    def batch(self) -> bytes:
+        """What was added to the head since the last batch."""
+        data = bytes(self._head[self._streamed :])
+        self._streamed = len(self._head)
+        return data
+
+    def take(self) -> bytes:
+        """Everything that was kept, with the gap counted; begins anew."""
+        self._trim()
+        gap = b"\n... [%d bytes of output left out] ...\n" % self._dropped if self._dropped else b""
+        text = bytes(self._head) + gap + bytes(self._tail)
+        self._clear()
+        return text
+
+
+class Supervisor:
+    """Relays between host and executor, and keeps the session alive whatever a cell does."""
+
+    def __init__(
+        self, reader: int, writer: int, token: str, options: dict[str, Any], lane: int | None = None
+    ) -> None:
+        self._reader = reader
+        self._host = Outbox(writer)
+        self._token = token
+        self._options = options
+        self._lane = socket.socket(fileno=lane) if lane is not None else None
+        self._decoder = _decoder()
+        limit = int(options.get("output_limit", 1 << 20))
+        self._captured = {"stdout": Captured(limit), "stderr": Captured(limit)}
+        self._pipes: dict[int, str] = {}
+        self._cell: int | None = None
+        self._executor = 0
+        self._standby = 0
+        self._standby_socket: socket.socket | None = None
+        self._crash: dict[str, Any] | None = None
+        self._last_batch = 0.0
+        self._greeted = False
+        self._restarts = 0
+
+    def run(self) -> NoReturn:
+        """Serve until the host closes the stream, then leave nothing behind."""
+        try:
+            self._prepare()
+            self._start_executor()
+            while True:
+                self._turn()
+        except (EOFError, ConnectionError, wire.FrameError):
+            pass  # the host is gone, or no longer makes sense: the end of the session
+        finally:
+            self._kill_all()
+            scratch = self._options.get("scratch")
+            if scratch and self._options.get("remove_scratch"):
+                shutil.rmtree(scratch, ignore_errors=True)
+            os._exit(0)
+
+    # -- starting
+
+    def _prepare(self) -> None:
+        lockdown.adopt_orphans()
+        lockdown.set_readable(False)
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._host.fd, False)
+        wake_read, wake_write = os.pipe()
+        for end in (wake_read, wake_write):
+            os.set_blocking(end, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self._wake = wake_read
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        self._poll.register(self._reader, select.POLLIN)
+        self._outputs = {}
+        for name in ("stdout", "stderr"):
+            read_end, self._outputs[name] = os.pipe()
+            os.set_blocking(read_end, False)
+            self._pipes[read_end] = name
+            self._poll.register(read_end, select.POLLIN)
+
+    def _start_executor(self) -> None:
+        """Fork an executor with an empty namespace."""
+        ours, theirs = socket.socketpair()
+        standby_ours, standby_theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            keep = {theirs.fileno(), standby_theirs.fileno(), *self._outputs.values()}
+            _close_all_but(keep | {0, 1, 2})
+            _run_executor(theirs, standby_theirs, self._outputs, self._options)
+        theirs.close()
+        standby_theirs.close()
+        self._executor, self._standby = pid, 0
+        self._standby_socket = standby_ours
+        self._attach(ours)
+
+    def _attach(self, channel: socket.socket) -> None:
+        """Talk to the executor through ``channel`` from now on."""
+        channel.setblocking(False)
+        self._channel = channel
+        self._from_executor = _decoder()
+        self._to_executor = Outbox(channel.fileno())
+        self._poll.register(channel.fileno(), select.POLLIN)
+
+    # -- one turn of the loop
+
+    def _turn(self) -> None:
+        self._watch(self._host)
+        channel = self._channel.fileno()
+        interest = select.POLLIN if self._host.size < BACKLOG_LIMIT else 0
+        if self._to_executor.size:
+            interest |= select.POLLOUT
+        self._poll.modify(channel, interest)
+        unsent = any(captured.unsent for captured in self._captured.values())
+        for fd, _ in self._poll.poll(STREAM_INTERVAL * 1000 if unsent else None):
+            if fd == channel:
+                self._read_executor(channel)
+            elif fd == self._reader:
+                self._read_host()
+            elif fd in self._pipes:
+                self._capture(fd)
+            elif fd == self._wake:
+                os.read(self._wake, 4096)
+                self._reap()
+            if channel != self._channel.fileno():
+                break  # the executor was replaced: the other events may be of the old one
+        self._stream()
+
+    def _watch(self, outbox: Outbox) -> None:
+        if outbox.fd != self._reader:
+            if outbox.size:
+                self._poll.register(outbox.fd, select.POLLOUT)
+                outbox.flush()
+            else:
+                try:
+                    self._poll.unregister(outbox.fd)
+                except KeyError:
+                    pass
+        else:
+            self._poll.modify(self._reader, select.POLLIN | (select.POLLOUT if outbox.size else 0))
+            if outbox.size:
+                outbox.flush()
+
+    def _read_host(self) -> None:
+        try:
+            data = os.read(self._reader, READ_SIZE)
+        except BlockingIOError:
+            return
+        if not data:
+            raise EOFError
+        self._decoder.feed(data)
+        for (message, header), blobs in self._decoder:
+            self._from_host(message, header, blobs)
+
+    def _from_host(self, message: dict[str, Any], header: bytes, blobs: list[bytes]) -> None:
+        kind = message["t"]
+        if kind == "interrupt":
+            if self._cell == message["id"] and self._crash is None:
+                os.kill(self._executor, signal.SIGINT)
+        elif kind == "kill":
+            if self._cell == message["id"] and self._crash is None:
+                self._recover({"cause": "killed", "code": 0})
+        elif kind == "load" and message.get("shared"):
+            self._forward_shared(wire.join(header, blobs))
+        else:
+            if kind == "execute":
+                self._cell = message["id"]
+            self._to_executor.send(wire.join(header, blobs))
+
+    def _forward_shared(self, frame: bytes) -> None:
+        """Hand a descriptor that came through the lane on to the executor."""
+        assert self._lane is not None
+        _, descriptor = _receive_with_descriptor(self._lane, 1)
+        self._channel.setblocking(True)
+        self._to_executor.flush()
+        _send_with_descriptor(self._channel, frame, descriptor)
+        self._channel.setblocking(False)
+        os.close(descriptor)
+
+    def _read_executor(self, channel: int) -> None:
+        try:
+            if self._to_executor.size:
+                self._to_executor.flush()
+            data = os.read(channel, READ_SIZE)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if not data:  # closed by the cell: nothing can be said to this executor any more
+            self._recover({"cause": "channel closed by the cell", "code": 0})
+            return
+        self._from_executor.feed(data)
+        try:
+            for (message, header), blobs in self._from_executor:
+                self._from_cell(message, header, blobs)
+        except wire.FrameError:
+            self._recover({"cause": "garbage on the cell's channel", "code": 0})
+
+    def _from_cell(self, message: dict[str, Any], header: bytes, blobs: list[bytes]) -> None:
+        kind = message.get("t")
+        if kind == "result":
+            self._finish_cell(message, blobs)
+        elif kind == "standby":
+            self._standby = int(message.get("pid", 0))
+        elif kind == "ready":
+            self._executor_ready(message)
+        else:
+            self._host.send(wire.join(header, blobs))
+
+    def _executor_ready(self, message: dict[str, Any]) -> None:
+        if not self._greeted:
+            self._greeted = True
+            self._host.send(wire.encode({
+                "t": "hello", "v": wire.PROTOCOL_VERSION, "token": self._token,
+                "python": "%d.%d.%d" % sys.version_info[:3],
+                "enforced": message.get("enforced", []), "missing": message.get("missing", []),
+            }))  # fmt: skip
+            return
+        self._restarts = 0
+        if self._crash is not None:
+            crash, self._crash = self._crash, None
+            crash["lost"] = message.get("lost", [])
+            if self._cell is None:
+                self._host.send(wire.encode({"t": "crash", "crash": crash}))
+            else:
+                self._finish_cell({"t": "result", "id": self._cell, "crash": crash}, [])
+
+    # -- output
+
+    def _capture(self, fd: int) -> None:
+        try:
+            self._captured[self._pipes[fd]].add(os.read(fd, PIPE_SIZE))
+        except BlockingIOError:
+            pass
+
+    def _drain(self) -> None:
+        """Take what a cell that has ended left in the pipes: one pipe's capacity, no more."""
+        for fd, name in self._pipes.items():
+            room = PIPE_SIZE
+            while room > 0:
+                try:
+                    data = os.read(fd, room)
+                except BlockingIOError:
+                    break
+                self._captured[name].add(data)
+                room -= len(data)
+
+    def _stream(self) -> None:
+        """Send what a running cell has printed, in batches."""
+        now = time.monotonic()
+        if self._cell is None or now - self._last_batch < STREAM_INTERVAL:
+            return
+        self._last_batch = now
+        for name, captured in self._captured.items():
+            if captured.unsent:
+                header = {"t": "output", "id": self._cell, "stream": name}
+                self._host.send(wire.encode(header, [captured.batch()]))
+
+    def _finish_cell(self, message: dict[str, Any], blobs: list[bytes]) -> None:
+        """Complete a result with what the cell printed, and send it."""
+        self._drain()
+        self._cell = None
+        self._last_batch = time.monotonic()
+        message["parts"] = list(message.get("parts", ()))
+        for name, captured in self._captured.items():
+            output = captured.take()
+            if output:
+                message["parts"].append(name)
+                blobs.append(output)
+        message.pop("blobs", None)
+        self._host.send(wire.encode(message, blobs))
+
+    # -- death and rollback
+
+    def _reap(self) -> None:
+        """Collect the dead; a dead executor is replaced."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self._executor:
+                self._recover(_cause_of_death(status))
+            elif pid == self._standby:
+                self._standby = 0
+
+    def _recover(self, cause: dict[str, Any]) -> None:
+        """Kill what the cell started, and go on from the standby, or from nothing."""
+        self._poll.unregister(self._channel.fileno())
+        self._read_rest()
+        self._channel.close()
+        if not self._greeted or self._restarts > RESTART_LIMIT:
+            self._give_up_session(cause)
+        if self._crash is not None:  # the standby died while it took over
+            self._standby = 0
+            cause = self._crash
+        self._crash = cause
+        self._restarts += 1
+        self._kill_all(spare=(self._standby,) if self._standby else ())
+        if not (self._standby and self._activate()):
+            cause["state"] = "lost"
+            self._start_executor()
+
+    def _give_up_session(self, cause: dict[str, Any]) -> NoReturn:
+        """No executor comes up here: say why, and end."""
+        self._drain()
+        reason = self._captured["stderr"].take() or str(cause).encode()
+        self._host.send(wire.encode({"t": "failed", "token": self._token}, [reason[-4000:]]))
+        raise EOFError
+
+    def _read_rest(self) -> None:
+        """Frames the executor still sent before it died: above all, who its standby is."""
+        try:
+            while True:
+                data = os.read(self._channel.fileno(), READ_SIZE)
+                if not data:
+                    return
+                self._from_executor.feed(data)
+                for (message, header), blobs in self._from_executor:
+                    if message.get("t") == "standby":
+                        self._standby = int(message.get("pid", 0))
+        except (OSError, wire.FrameError):
+            return
+
+    def _activate(self) -> bool:
+        """Wake the standby, and give it the socket on which its own standby will wait."""
+        assert self._standby_socket is not None and self._crash is not None
+        channel = self._standby_socket
+        ours, theirs = socket.socketpair()
+        try:
+            _send_with_descriptor(channel, wire.encode({"t": "activate"}), theirs.fileno())
+        except OSError:
+            ours.close()
+            return False
+        finally:
+            theirs.close()
+        self._crash["state"] = "restored"
+        self._executor, self._standby = self._standby, 0
+        self._standby_socket = ours
+        self._attach(channel)
+        return True
+
+    def _kill_all(self, spare: tuple[int, ...] = ()) -> None:
+        """Kill every process below this one but ``spare``, however fast it forks."""
+        while True:
+            found = lockdown.descendants(os.getpid(), spare)
+            for stop in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in found:
+                    try:
+                        os.kill(pid, stop)
+                    except OSError:
+                        pass
+            alive = self._bury(spare)
+            if not found or not alive:
+                return
+
+    def _bury(self, spare: tuple[int, ...]) -> bool:
+        """Wait for the killed; True while there may be more of them."""
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                time.sleep(0.001)
+                return bool(lockdown.descendants(os.getpid(), spare))
+            if pid in spare:
+                self._standby = 0
+
+
+def _cause_of_death(status: int) -> dict[str, Any]:
+    if os.WIFSIGNALED(status):
+        return {"cause": "signal", "code": os.WTERMSIG(status)}
+    return {"cause": "exit", "code": os.WEXITSTATUS(status)}
+
+
+_DESCRIPTOR_SPACE = socket.CMSG_SPACE(4)
+
+
+def _send_with_descriptor(channel: socket.socket, data: bytes, descriptor: int) -> None:
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))]
+    sent = channel.sendmsg([data], ancillary)
+    channel.sendall(data[sent:])
+
+
+def _receive_with_descriptor(
+    channel: socket.socket, size: int, flags: int = 0
+) -> tuple[bytes, int]:
+    """Up to ``size`` bytes and the descriptor that came with them, or -1."""
+    data, ancillary, _, _ = channel.recvmsg(size, _DESCRIPTOR_SPACE, flags)
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            return data, int(struct.unpack("i", payload[:4])[0])
+    return data, -1
+
+
+def _close_all_but(keep: Iterable[int]) -> None:
+    start = 0
+    for fd in sorted(keep):
+        if fd > start:  # an empty range would be taken for all descriptors
+            os.closerange(start, fd)
+        start = fd + 1
+    os.closerange(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+# --- the executor: the channel -------------------------------------------------------------------
+
+
+class LLMError(RuntimeError):
+    """A model call that failed. ``kind`` names the failure; the text says what can be done."""
+
+    def __init__(self, message: str, kind: str = "LLMError") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+LLMError.__module__ = "__main__"  # where a cell finds it
+
+
+class _Waiter:
+    """One call in flight, and the thread that waits for its reply."""
+
+    __slots__ = ("blobs", "lock", "reply")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        self.reply: dict[str, Any] | None = None
+        self.blobs: list[bytes] = []
+
+
+class Calls:
+    """Any number of calls from any threads over one socket.
+
+    There is no reader thread: one of the waiting threads reads for all, and passes the
+    duty on when its own reply has come. So a single call costs no switch of threads, and
+    nothing but the main thread needs to survive a fork.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._interrupted = False
+        self._critical = False
+        self._last_id = 0
+        self.adopt(channel)
+
+    def adopt(self, channel: socket.socket) -> None:
+        """Begin anew on ``channel``; calls in flight on the old one are forgotten."""
+        self.channel = channel
+        self._owner = os.getpid()
+        self._main = threading.get_ident()
+        self._decoder = _decoder()
+        self._descriptor = -1
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+        self._send_lock = threading.Lock()
+        self._waiting: dict[int, _Waiter] = {}
+        self._commands: collections.deque[tuple[dict[str, Any], list[bytes]]] = collections.deque()
+        self._duty = threading.Lock()
+        self._reading = False
+
+    def repair(self) -> None:
+        """After an interrupt, which may have struck between taking a lock and noting it."""
+        if threading.active_count() == 1:
+            self._send_lock = threading.Lock()
+            self._duty = threading.Lock()
+            self._reading = False
+            self._waiting.clear()
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt here, or as soon as no frame is half sent or half read."""
+        if self._critical:
+            self._interrupted = True
+        else:
+            raise KeyboardInterrupt
+
+    def _uninterrupted(self, step: Callable[[], Any]) -> Any:
+        if threading.get_ident() != self._main:
+            return step()  # signals only ever reach the main thread
+        self._critical = True
+        try:
+            return step()
+        finally:
+            self._critical = False
+            if self._interrupted:
+                self._interrupted = False
+                raise KeyboardInterrupt
+
+    def send(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
+        """Send one whole frame."""
+        data = wire.encode(header, blobs)
+
+        def step() -> None:
+            with self._send_lock:
+                self.channel.sendall(data)
+
+        self._uninterrupted(step)
+
+    def command(self) -> tuple[dict[str, Any], list[bytes], int]:
+        """Between cells: the supervisor's next command, and a descriptor or -1."""
+        waiter = _Waiter()
+        with self._duty:
+            if self._commands:
+                waiter.reply, waiter.blobs = self._commands.popleft()
+            self._waiting[0] = waiter
+        self._await(waiter)
+        with self._duty:
+            del self._waiting[0]
+        assert waiter.reply is not None
+        descriptor, self._descriptor = self._descriptor, -1
+        return waiter.reply, waiter.blobs, descriptor
+
+    def call(
+        self, header: dict[str, Any], blobs: Sequence[bytes]
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        """Send a request and wait for its reply, whatever else is in flight."""
+        if os.getpid() != self._owner:
+            raise RuntimeError(
+                "model calls work only in the cell's own process: use threads or "
+                "llm_query_batched in place of multiprocessing"
+            )
+        waiter = _Waiter()
+        with self._duty:
+            self._last_id += 1
+            number = self._last_id
+            self._waiting[number] = waiter
+        try:
+            self.send({**header, "t": "call", "id": number}, blobs)
+            self._await(waiter)
+        finally:
+            self._waiting.pop(number, None)
+        assert waiter.reply is not None
+        return waiter.reply, waiter.blobs
+
+    def _await(self, waiter: _Waiter) -> None:
+        while waiter.reply is None:
+            with self._duty:
+                lead = not self._reading
+                self._reading = True
+            if lead:
+                try:
+                    while waiter.reply is None:
+                        self._deliver(*self._receive())
+                finally:
+                    self._pass_on_duty(waiter)
+            else:
+                waiter.lock.acquire()  # released with the reply, or to take over the reading
+
+    def _receive(self) -> tuple[dict[str, Any], list[bytes]]:
+        """The next frame, waiting for it where an interrupt does no harm."""
+        while True:
+            frame = self._uninterrupted(self._read_available)
+            if frame is not None:
+                (message, _), blobs = frame
+                return message, blobs
+            self._poll.poll()
+
+    def _read_available(self) -> Any:
+        frame = self._decoder.next_frame()
+        if frame is None:
+            try:
+                data, descriptor = _receive_with_descriptor(
+                    self.channel, READ_SIZE, socket.MSG_DONTWAIT
+                )
+            except BlockingIOError:
+                return None
+            if not data:
+                os._exit(0)
+            if descriptor >= 0:
+                self._descriptor = descriptor
+            self._decoder.feed(data)
+            frame = self._decoder.next_frame()
+        return frame
+
+    def _deliver(self, message: dict[str, Any], blobs: list[bytes]) -> None:
+        """Give a frame to whoever waits for it; a reply that nobody waits for any more is dropped."""
+        number = message["id"] if message["t"] == "reply" else 0
+        with self._duty:
+            waiter = self._waiting.get(number)
+            if waiter is not None and waiter.reply is None:
+                waiter.reply, waiter.blobs = message, blobs
+                _wake(waiter)
+            elif number == 0:
+                self._commands.append((message, blobs))
+
+    def _pass_on_duty(self, done: _Waiter) -> None:
+        with self._duty:
+            self._reading = False
+            for waiter in self._waiting.values():
+                if waiter is not done and waiter.reply is None:
+                    _wake(waiter)
+                    return
+
+
+def _wake(waiter: _Waiter) -> None:
+    if waiter.lock.locked():
+        waiter.lock.release()
+
+
+# --- the executor: what a cell sees -----------------------------------------------------------------
+
+
+class Variables(dict):  # type: ignore[type-arg]
+    """What SHOW_VARS returns: name -> type name, printed as one line."""
+
+    def __str__(self) -> str:
+        return "Available variables: " + super().__repr__()
+
+    __repr__ = __str__
+
+
+class Namespace:
+    """The names of a session: the cell's own, and the reserved ones, restored after each cell."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self.final: list[Any] = []
+        module = types.ModuleType("__main__")
+        sys.modules["__main__"] = module
+        self.names: dict[str, Any] = module.__dict__
+        self.names["__builtins__"] = builtins
+        self.names["answer"] = {"content": "", "ready": False}
+        functions = (
+            self.llm_query, self.llm_query_batched, self.rlm_query, self.rlm_query_batched,
+            self.FINAL, self.FINAL_VAR, self.SHOW_VARS, self.budget,
+        )  # fmt: skip
+        self.reserved: dict[str, Any] = {f.__name__: _plain_function(f) for f in functions}
+        self.reserved["LLMError"] = LLMError
+        self.restore()
+
+    def restore(self) -> None:
+        """Put back reserved names that a cell has rebound or deleted."""
+        self.names.update(self.reserved)
+
+    def llm_query(self, prompt: str, model: str | None = None) -> str:
+        """Ask a model one question. Raises LLMError when the call fails."""
+        return self._one("llm_query", prompt, model, None)
+
+    def llm_query_batched(self, prompts: Sequence[str], model: str | None = None) -> list[Any]:
+        """Ask many questions at once; replies in order, a failed one as an LLMError in its place."""
+        return self._many("llm_query", prompts, model, None)
+
+    def rlm_query(self, prompt: str, model: str | None = None, *, context: str | None = None) -> str:
+        """Have a child run, with a sandbox of its own, work on ``prompt`` (over ``context``, if given)."""
+        return self._one("rlm_query", prompt, model, context)
+
+    def rlm_query_batched(
+        self,
+        prompts: Sequence[str],
+        model: str | None = None,
+        *,
+        contexts: Sequence[str] | None = None,
+    ) -> list[Any]:
+        """Many child runs at once; answers in order, a failed one as an LLMError in its place."""
+        return self._many("rlm_query", prompts, model, contexts)
+
+    def FINAL(self, value: Any) -> Any:
+        """Submit ``value`` as the final answer. The rest of the cell still runs."""
+        self.final[:] = [value]
+        return value
+
+    def FINAL_VAR(self, name: Any) -> Any:
+        """Submit the variable called ``name`` as the final answer; a value is submitted as it is."""
+        if isinstance(name, str) and name in self.names:
+            return self.FINAL(self.names[name])
+        if isinstance(name, str) and name.isidentifier():
+            raise NameError(f"FINAL_VAR: there is no variable {name!r}; SHOW_VARS() lists them")
+        return self.FINAL(name)
+
+    def SHOW_VARS(self) -> Variables:
+        """The variables made so far: name -> type."""
+        return Variables(
+            (name, type(value).__name__)
+            for name, value in self.names.items()
+            if not name.startswith("_") and name not in self.reserved
+        )
+
+    def budget(self) -> dict[str, Any]:
+        """What this run may still use: calls, iterations, seconds; None is unlimited."""
+        reply, blobs = self._calls.call({"fn": "budget"}, [])
+        _raise_failure(reply)
+        return dict(json.loads(blobs[0]))
+
+    def _one(self, function: str, prompt: str, model: str | None, context: str | None) -> str:
+        header, blobs = _request(function, [prompt], model, None if context is None else [context])
+        reply, texts = self._calls.call(header, blobs)
+        _raise_failure(reply)
+        return texts[0].decode("utf-8")
+
+    def _many(
+        self,
+        function: str,
+        prompts: Sequence[str],
+        model: str | None,
+        contexts: Sequence[str] | None,
+    ) -> list[Any]:
+        if isinstance(prompts, (str, bytes)):
+            raise TypeError(f"{function}_batched takes a list of prompts, not one {type(prompts).__name__}")
+        prompts = list(prompts)
+        if contexts is not None and len(contexts) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(contexts)} contexts")
+        if not prompts:
+            return []
+        header, blobs = _request(function, prompts, model, contexts)
+        reply, texts = self._calls.call({**header, "batch": True}, blobs)
+        _raise_failure(reply)
+        failures = {index: LLMError(text, kind) for index, kind, text in reply.get("failures", ())}
+        return [failures.get(i) or text.decode("utf-8") for i, text in enumerate(texts)]
+
+    def answer(self) -> tuple[bool, Any]:
+        """Whether a final answer stands in the namespace, and what it is."""
+        if self.final:
+            return True, self.final.pop()
+        value = self.names.get("answer")
+        if isinstance(value, dict) and value.get("ready") and value.get("content") not in ("", None):
+            return True, value["content"]
+        return False, None
+
+    def draft(self) -> str:
+        """What stands in ``answer`` so far: the partial answer, should a limit end the run."""
+        value = self.names.get("answer")
+        content = value.get("content") if isinstance(value, dict) else None
+        return content if isinstance(content, str) else ""
+
+    def waits_for_content(self) -> bool:
+        """Whether a cell declared its answer ready without one."""
+        value = self.names.get("answer")
+        return isinstance(value, dict) and bool(value.get("ready")) and not value.get("content")
+
+
+def _plain_function(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method as a function, so that ``help`` and ``repr`` show a cell no machinery."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    function.__name__ = function.__qualname__ = method.__name__
+    function.__doc__ = method.__doc__
+    function.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    return function
+
+
+def _request(
+    function: str, prompts: Sequence[str], model: str | None, contexts: Sequence[str] | None
+) -> tuple[dict[str, Any], list[bytes]]:
+    if model is not None and not isinstance(model, str):
+        raise TypeError(f"model must be the name of a model, not {type(model).__name__}")
+    header: dict[str, Any] = {"fn": function, "model": model}
+    if contexts is not None:
+        header["contexts"] = True
+    return header, [_prompt(text) for text in (*prompts, *(contexts or ()))]
+
+
+def _prompt(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"a prompt must be a str, not {type(text).__name__}: use str() or json.dumps()")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt holds a lone surrogate at character {error.start}, which no model can read: "
+            "use text.encode('utf-8', 'replace').decode()"
+        ) from None
+
+
+def _raise_failure(reply: dict[str, Any]) -> None:
+    if reply.get("error"):
+        kind, text = reply["error"]
+        raise LLMError(text, kind)
+
+
+# --- the executor: running cells ---------------------------------------------------------------------
+
+
+class Executor:
+    """Runs cells in one namespace, and forks a standby after each."""
+
+    def __init__(self, channel: socket.socket, standby: socket.socket) -> None:
+        self._calls = Calls(channel)
+        self._standby_socket = standby
+        self._standby = 0
+        self._namespace = Namespace(self._calls)
+        self._stdout, self._stderr = sys.stdout, sys.stderr
+        self._in_cell = False
+        self._loop: Any = None
+        self._pid = os.getpid()
+
+    def main(self, enforced: list[str], missing: list[str]) -> NoReturn:
+        """Serve the supervisor's commands until the session ends."""
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        self._calls.send({"t": "ready", "enforced": enforced, "missing": missing})
+        self._fork_standby()
+        while True:
+            message, blobs, descriptor = self._calls.command()
+            if message["t"] == "execute":
+                self._execute(message["id"], blobs[0].decode("utf-8", "surrogatepass"))
+            elif message["t"] == "load":
+                self._load(message, blobs, descriptor)
+            self._fork_standby()
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._in_cell:
+            self._calls.interrupt()
+
+    # -- the standby
+
+    def _fork_standby(self) -> None:
+        """Leave a sleeping copy of this process; it replaces the one before."""
+        threads = [t.name for t in threading.enumerate() if t is not threading.current_thread()]
+        try:
+            pid = os.fork()
+        except OSError:
+            return  # at the process limit: the older copy stays, and is what a rollback gives
+        if pid == 0:
+            self._sleep(threads)
+            return
+        old, self._standby = self._standby, pid
+        if old:
+            try:
+                os.kill(old, signal.SIGKILL)
+                os.waitpid(old, 0)
+            except OSError:
+                pass  # a cell has killed or reaped it
+        self._calls.send({"t": "standby", "pid": pid})
+
+    def _sleep(self, threads: list[str]) -> None:
+        """In the copy: wait to be needed, then take over as the executor."""
+        data, descriptor = _receive_with_descriptor(self._standby_socket, READ_SIZE)
+        if not data:
+            os._exit(0)
+        lockdown.die_with_parent()
+        channel, self._standby_socket = self._standby_socket, socket.socket(fileno=descriptor)
+        self._calls.channel.close()
+        self._calls.adopt(channel)
+        self._pid, self._standby = os.getpid(), 0
+        self._stdout, self._stderr = _open_output(1), _open_output(2)  # their locks may be held
+        sys.stdout, sys.stderr = self._stdout, self._stderr
+        lost = [_text(f"thread {name}"[:100]).decode() for name in threads[:20]]
+        self._calls.send({"t": "ready", "lost": lost})
+        self._fork_standby()
+
+    # -- contexts
+
+    def _load(self, message: dict[str, Any], blobs: list[bytes], descriptor: int) -> None:
+        reply: dict[str, Any] = {"t": "loaded", "id": message["id"]}
+        try:
+            data = _read_descriptor(descriptor) if descriptor >= 0 else blobs[0]
+            value = _decode_context(data, message["format"])
+            del data
+            for name in message["names"]:
+                self._namespace.reserved[name] = value
+            self._namespace.restore()
+        except Exception as error:  # whatever unpickling raises is the host's to report
+            reply["error"] = _text(f"{type(error).__name__}: {error}").decode()[:2000]
+        self._calls.send(reply)
+
+    # -- cells
+
+    def _execute(self, number: int, source: str) -> None:
+        filename = f"<cell {number}>"
+        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+        header: dict[str, Any] = {"t": "result", "id": number}
+        parts: dict[str, bytes] = {}
+        error = self._run(source, filename, parts)
+        if os.getpid() != self._pid:
+            os._exit(0)  # a process that the cell forked has come to the cell's end
+        if error is not None:
+            header["error"] = error
+        self._close_output()
+        self._namespace.restore()
+        self._add_answer(header, parts)
+        header["parts"] = list(parts)
+        self._calls.send(header, list(parts.values()))
+
+    def _run(self, source: str, filename: str, parts: dict[str, bytes]) -> list[str] | None:
+        """Run one cell. What it raised comes back as [type, message], the traceback in ``parts``."""
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            try:
+                self._in_cell = True
+                value = self._evaluate(source, filename)
+                if value is not None:
+                    self._namespace.names["_"] = value
+                    parts["echo"] = _text(_clip(repr(value), ECHO_LIMIT))
+                    _add_plain("value", value, parts)
+            finally:
+                self._in_cell = False
+        except BaseException as error:  # a cell may raise anything; its session goes on
+            self._in_cell = False
+            if isinstance(error, KeyboardInterrupt):
+                self._calls.repair()
+            return _describe(error, parts)
+        return None
+
+    def _evaluate(self, source: str, filename: str) -> Any:
+        tree = compile(source, filename, "exec", _COMPILE_FLAGS | ast.PyCF_ONLY_AST, dont_inherit=True)
+        last: ast.expr | None = None
+        if tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";"):
+            last = tree.body.pop().value
+        if tree.body:
+            self._evaluate_code(compile(tree, filename, "exec", _COMPILE_FLAGS, dont_inherit=True))
+        if last is None:
+            return None
+        return self._evaluate_code(
+            compile(ast.Expression(last), filename, "eval", _COMPILE_FLAGS, dont_inherit=True)
+        )
+
+    def _evaluate_code(self, code: types.CodeType) -> Any:
+        value = eval(code, self._namespace.names)
+        if not code.co_flags & inspect.CO_COROUTINE:
+            return value
+        if self._loop is None or self._loop.is_closed():
+            import asyncio  # most sessions never await: its 30 ms are theirs who do
+
+            self._loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._loop)
+        return self._loop.run_until_complete(value)
+
+    def _close_output(self) -> None:
+        """Flush what was printed, and undo a replaced sys.stdout."""
+        for stream in (sys.stdout, sys.stderr, self._stdout, self._stderr):
+            try:
+                stream.flush()
+            except Exception:
+                pass  # the cell closed or replaced it with something that cannot flush
+        if self._stdout.closed or self._stderr.closed:
+            self._stdout, self._stderr = _open_output(1), _open_output(2)
+        sys.stdout, sys.stderr = self._stdout, self._stderr
+
+    def _add_answer(self, header: dict[str, Any], parts: dict[str, bytes]) -> None:
+        found, value = self._namespace.answer()
+        if found:
+            try:
+                text = value if isinstance(value, str) else str(value)
+            except Exception as error:
+                header["error"] = ["ValueError", f"str() of the final answer failed: {type(error).__name__}"]
+                return
+            parts["final"] = _text(text)
+            if not isinstance(value, str):
+                _add_plain("final_value", value, parts)
+            return
+        draft = self._namespace.draft()
+        if draft:
+            parts["draft"] = _text(draft[:PLAIN_LIMIT])
+        elif self._namespace.waits_for_content():
+            header["note"] = "answer['ready'] is set, but answer['content'] is empty: set the content"
+
+
+_COMPILE_FLAGS = getattr(ast, "PyCF_ALLOW_TOP_LEVEL_AWAIT", 0x2000)
+
+
+def _add_plain(name: str, value: Any, parts: dict[str, bytes]) -> None:
+    """Add ``value`` as JSON when that loses nothing: dicts with str keys, lists, and scalars."""
+    try:
+        data = json.dumps(value, allow_nan=False)
+        if len(data) <= PLAIN_LIMIT and json.loads(data) == value and _is_plain(value):
+            parts[name] = data.encode("ascii")
+    except (TypeError, ValueError, RecursionError):
+        pass  # not plain data; the text form says what it is
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    if type(value) is str:
+        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+    return value is None or type(value) in (bool, int, float)
+
+
+def _describe(error: BaseException, parts: dict[str, bytes]) -> list[str]:
+    """[type, message] of what a cell raised; its traceback, without frames of this file, in ``parts``."""
+    try:
+        lines = traceback.TracebackException.from_exception(error)
+        _hide_machinery(lines, set())
+        parts["traceback"] = _text(_clip("".join(lines.format()), TRACEBACK_LIMIT))
+        message = str(error)
+    except BaseException as second:  # a __str__ or __repr__ of the cell's own that raises
+        message = f"(its text could not be had: {type(second).__name__})"
+    return [type(error).__name__[:200], _text(_clip(message, 2000)).decode()]
+
+
+def _hide_machinery(lines: traceback.TracebackException, seen: set[int]) -> None:
+    if id(lines) in seen:
+        return
+    seen.add(id(lines))
+    lines.stack[:] = [frame for frame in lines.stack if frame.filename != __file__]
+    for linked in (lines.__cause__, lines.__context__, *(getattr(lines, "exceptions", None) or ())):
+        if linked is not None:
+            _hide_machinery(linked, seen)
+
+
+def _read_descriptor(descriptor: int) -> Any:
+    """The bytes behind a descriptor, without a copy where the kernel can map them."""
+    import mmap
+
+    try:
+        size = os.fstat(descriptor).st_size
+        return mmap.mmap(descriptor, size, prot=mmap.PROT_READ) if size else b""
+    finally:
+        os.close(descriptor)
+
+
+def _decode_context(data: Any, form: str) -> Any:
+    """A context as the host encoded it. Trusted: only ever called with the host's bytes."""
+    if form == "text":
+        return str(data, "utf-8", "surrogatepass")
+    if form == "bytes":
+        return bytes(data)
+    return pickle.loads(data)
+
+
+def _open_output(fd: int) -> io.TextIOWrapper:
+    raw = io.FileIO(fd, "wb", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw, 1 << 16),
+        encoding="utf-8",
+        errors="backslashreplace",
+        newline="\n",
+        line_buffering=True,
+    )
+
+
+def _run_executor(
+    channel: socket.socket, standby: socket.socket, outputs: dict[str, int], options: dict[str, Any]
+) -> NoReturn:
+    """In the forked child: give up rights, become the executor, never return."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(outputs[name], fd)
+            os.close(outputs[name])
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), _open_output(1), _open_output(2)
+        for name in [n for n in sys.modules if n.partition(".")[0] == "rlm"]:
+            del sys.modules[name]  # a cell's `import rlm` is its own affair
+        enforced, missing = give_up(options)
+        lockdown.die_with_parent()  # last: a change of user clears it
+        Executor(channel, standby).main(enforced, missing)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(70)
+
+
+def give_up(options: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Drop the rights that ``options["give_up"]`` names. Returns what is now enforced, and what is not.
+
+    What this machine cannot enforce is the host's to judge, before it sends a cell.
+    """
+    wanted = options.get("give_up", {})
+    enforced: list[str] = []
+    missing: list[str] = []
+
+    def attempt(name: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+            enforced.append(name)
+        except OSError as error:
+            missing.append(f"{name} ({error.strerror or error})")
+
+    if options.get("scratch"):
+        os.chdir(options["scratch"])
+    os.environ.update(options.get("environ", {}))
+    _limit(options.get("limits", {}))
+    keep = wanted.get("keep", 0)
+    if wanted.get("uid") is not None:
+        attempt("user", lambda: lockdown.become(wanted["uid"], keep))
+    elif wanted:
+        attempt("capabilities", lambda: lockdown.drop_capabilities(keep))
+    lockdown.set_readable(True)
+    _volunteer_for_out_of_memory()
+    rules = wanted.get("landlock")
+    if rules is not None:
+        if rules.get("read") is not None:
+            attempt("files", lambda: lockdown.landlock_files(rules["read"], rules["write"]))
+        attempt("signals", lockdown.landlock_signals)
+    if wanted.get("seccomp"):
+        attempt("system calls", lambda: lockdown.seccomp(network=bool(wanted.get("network"))))
+    return enforced, missing
+
+
+def _volunteer_for_out_of_memory() -> None:
+    """Should the machine run out of memory, the cell goes first."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    except OSError:
+        pass  # no /proc here, or not ours
+
+
+def _limit(limits: dict[str, int]) -> None:
+    """Set resource limits, never above what the process already may."""
+    for name, value in limits.items():
+        which = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(which)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (value, value))
+
+
+def serve(
+    reader: int, writer: int, token: str, options: dict[str, Any], lane: int | None = None
+) -> NoReturn:
+    """Run a session over two descriptors (which may be the same) until the other end closes.
+
+    ``token`` proves to the host whose session this is. ``lane`` is a Unix socket through
+    which the host can hand over descriptors, where the two share a kernel.
+    """
+    Supervisor(reader, writer, token, options, lane).run()
