@@ -333,12 +333,20 @@ def _parent_of(pid: str) -> int:
         return -1
 
 
-def descendants(pid: int, spare: Tuple[int, ...] = ()) -> List[int]:
-    """All processes below ``pid`` but those in ``spare`` and what is below them."""
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is not merely waiting to be collected."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (OSError, IndexError):
+        return False
+
+
+def descendants(pid: int) -> List[int]:
+    """All processes below ``pid`` at this moment."""
     found, queue = [], [pid]
     while queue:
-        for child in children(queue.pop()):
-            if child not in spare:
-                found.append(child)
-                queue.append(child)
+        below = children(queue.pop())
+        found += below
+        queue += below
     return found

@@ -17,10 +17,12 @@ from __future__ import annotations
 import ast
 import builtins
 import collections
+import ctypes
 import inspect
 import io
 import json
 import linecache
+import mmap
 import os
 import pickle
 import resource
@@ -181,7 +183,7 @@ class Supervisor:
         self._pipes: dict[int, str] = {}
         self._cell: int | None = None
         self._executor = 0
-        self._standby = 0
+        self._slot = StandbySlot()
         self._standby_socket: socket.socket | None = None
         self._crash: dict[str, Any] | None = None
         self._last_batch = 0.0
@@ -237,10 +239,11 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             keep = {theirs.fileno(), standby_theirs.fileno(), *self._outputs.values()}
             _close_all_but(keep | {0, 1, 2})
-            _run_executor(theirs, standby_theirs, self._outputs, self._options)
+            _run_executor(theirs, standby_theirs, self._slot, self._outputs, self._options)
         theirs.close()
         standby_theirs.close()
-        self._executor, self._standby = pid, 0
+        self._executor = pid
+        self._slot.pid = 0
         self._standby_socket = standby_ours
         self._attach(ours)
 
@@ -350,8 +353,9 @@ class Supervisor:
         kind = message.get("t")
         if kind == "result":
             self._finish_cell(message, blobs)
-        elif kind == "standby":
-            self._standby = int(message.get("pid", 0))
+        elif kind == "crowded":
+            self._kill_all(spare=(self._executor, self._slot.pid))
+            self._to_executor.send(wire.encode({"t": "room"}))
         elif kind == "ready":
             self._executor_ready(message)
         else:
@@ -433,23 +437,23 @@ class Supervisor:
                 return
             if pid == self._executor:
                 self._recover(_cause_of_death(status))
-            elif pid == self._standby:
-                self._standby = 0
+            elif pid == self._slot.pid:
+                self._slot.pid = 0
 
     def _recover(self, cause: dict[str, Any]) -> None:
         """Kill what the cell started, and go on from the standby, or from nothing."""
         self._poll.unregister(self._channel.fileno())
-        self._read_rest()
         self._channel.close()
         if not self._greeted or self._restarts > RESTART_LIMIT:
             self._give_up_session(cause)
         if self._crash is not None:  # the standby died while it took over
-            self._standby = 0
+            self._slot.pid = 0
             cause = self._crash
         self._crash = cause
         self._restarts += 1
-        self._kill_all(spare=(self._standby,) if self._standby else ())
-        if not (self._standby and self._activate()):
+        standby = self._slot.pid
+        self._kill_all(spare=(standby,))
+        if not (standby and self._activate()):
             cause["state"] = "lost"
             self._start_executor()
 
@@ -459,20 +463,6 @@ class Supervisor:
         reason = self._captured["stderr"].take() or str(cause).encode()
         self._host.send(wire.encode({"t": "failed", "token": self._token}, [reason[-4000:]]))
         raise EOFError
-
-    def _read_rest(self) -> None:
-        """Frames the executor still sent before it died: above all, who its standby is."""
-        try:
-            while True:
-                data = os.read(self._channel.fileno(), READ_SIZE)
-                if not data:
-                    return
-                self._from_executor.feed(data)
-                for (message, header), blobs in self._from_executor:
-                    if message.get("t") == "standby":
-                        self._standby = int(message.get("pid", 0))
-        except (OSError, wire.FrameError):
-            return
 
     def _activate(self) -> bool:
         """Wake the standby, and give it the socket on which its own standby will wait."""
@@ -487,7 +477,7 @@ class Supervisor:
         finally:
             theirs.close()
         self._crash["state"] = "restored"
-        self._executor, self._standby = self._standby, 0
+        self._executor, self._slot.pid = self._slot.pid, 0
         self._standby_socket = ours
         self._attach(channel)
         return True
@@ -495,29 +485,48 @@ class Supervisor:
     def _kill_all(self, spare: tuple[int, ...] = ()) -> None:
         """Kill every process below this one but ``spare``, however fast it forks."""
         while True:
-            found = lockdown.descendants(os.getpid(), spare)
-            for stop in (signal.SIGSTOP, signal.SIGKILL):
+            below = lockdown.descendants(os.getpid())
+            found = [pid for pid in below if pid not in spare and lockdown.is_alive(pid)]
+            for number in (signal.SIGSTOP, signal.SIGKILL):
                 for pid in found:
                     try:
-                        os.kill(pid, stop)
+                        os.kill(pid, number)
                     except OSError:
                         pass
-            alive = self._bury(spare)
-            if not found or not alive:
+            self._bury(spare)
+            if not found:
                 return
 
-    def _bury(self, spare: tuple[int, ...]) -> bool:
-        """Wait for the killed; True while there may be more of them."""
+    def _bury(self, spare: tuple[int, ...]) -> None:
+        """Collect those of the killed that are this process's own children by now."""
         while True:
             try:
                 pid, _ = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return False
+                return
             if pid == 0:
-                time.sleep(0.001)
-                return bool(lockdown.descendants(os.getpid(), spare))
-            if pid in spare:
-                self._standby = 0
+                return
+            if pid == self._slot.pid:
+                self._slot.pid = 0
+
+
+class StandbySlot:
+    """Where an executor notes who its standby is, for a supervisor that it cannot tell any more.
+
+    A page shared by both. What a hostile cell writes there costs it its own standby.
+    """
+
+    def __init__(self) -> None:
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+
+    @property
+    def pid(self) -> int:
+        """The process id, 0 when there is none."""
+        return int(struct.unpack_from("=i", self._page)[0])
+
+    @pid.setter
+    def pid(self, value: int) -> None:
+        struct.pack_into("=i", self._page, 0, value)
 
 
 def _cause_of_death(status: int) -> dict[str, Any]:
@@ -646,6 +655,10 @@ class Calls:
                 self.channel.sendall(data)
 
         self._uninterrupted(step)
+
+    def pending(self) -> bool:
+        """Whether something to read has arrived."""
+        return bool(self._commands or self._poll.poll(0))
 
     def command(self) -> tuple[dict[str, Any], list[bytes], int]:
         """Between cells: the supervisor's next command, and a descriptor or -1."""
@@ -926,10 +939,12 @@ def _raise_failure(reply: dict[str, Any]) -> None:
 class Executor:
     """Runs cells in one namespace, and forks a standby after each."""
 
-    def __init__(self, channel: socket.socket, standby: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, standby: socket.socket, slot: StandbySlot) -> None:
         self._calls = Calls(channel)
         self._standby_socket = standby
+        self._slot = slot
         self._standby = 0
+        self._dying: list[int] = []
         self._namespace = Namespace(self._calls)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._in_cell = False
@@ -947,6 +962,9 @@ class Executor:
                 self._execute(message["id"], blobs[0].decode("utf-8", "surrogatepass"))
             elif message["t"] == "load":
                 self._load(message, blobs, descriptor)
+            elif message["t"] == "room":
+                while _reap(-1):
+                    pass
             self._fork_standby()
 
     def _on_interrupt(self, *_: object) -> None:
@@ -957,37 +975,45 @@ class Executor:
 
     def _fork_standby(self) -> None:
         """Leave a sleeping copy of this process; it replaces the one before."""
-        threads = [t.name for t in threading.enumerate() if t is not threading.current_thread()]
         try:
-            pid = os.fork()
-        except OSError:
-            return  # at the process limit: the older copy stays, and is what a rollback gives
-        if pid == 0:
-            self._sleep(threads)
+            pid = _fork(self._standby_socket.fileno())
+        except OSError:  # at the process limit; the older copy stays until there is room
+            self._calls.send({"t": "crowded"})
             return
-        old, self._standby = self._standby, pid
-        if old:
-            try:
-                os.kill(old, signal.SIGKILL)
-                os.waitpid(old, 0)
-            except OSError:
-                pass  # a cell has killed or reaped it
-        self._calls.send({"t": "standby", "pid": pid})
+        if pid == 0:
+            self._take_over()
+            return
+        self._slot.pid = pid
+        if self._standby:
+            _kill(self._standby)
+            self._dying.append(self._standby)
+        self._standby = pid
+        # reaped later, when that does not mean to wait
+        self._dying = [old for old in self._dying[:-1] if not _reap(old)] + self._dying[-1:]
+        if not self._calls.pending():
+            self._warm_up()
 
-    def _sleep(self, threads: list[str]) -> None:
-        """In the copy: wait to be needed, then take over as the executor."""
+    def _warm_up(self) -> None:
+        """Touch what the next cell will touch: after a fork, the first write to each page copies it."""
+        self._evaluate("None", "<warm up>")
+        wire.encode({"t": "result", "id": 0, "parts": []}, [b"", b""])
+
+    def _take_over(self) -> None:
+        """In the copy, which is needed now: become the executor."""
         data, descriptor = _receive_with_descriptor(self._standby_socket, READ_SIZE)
         if not data:
             os._exit(0)
+        lost = [t.name for t in threading.enumerate() if t is not threading.current_thread()]
+        ctypes.pythonapi.PyOS_AfterFork_Child()
         lockdown.die_with_parent()
         channel, self._standby_socket = self._standby_socket, socket.socket(fileno=descriptor)
         self._calls.channel.close()
         self._calls.adopt(channel)
-        self._pid, self._standby = os.getpid(), 0
+        self._pid, self._standby, self._dying = os.getpid(), 0, []
         self._stdout, self._stderr = _open_output(1), _open_output(2)  # their locks may be held
         sys.stdout, sys.stderr = self._stdout, self._stderr
-        lost = [_text(f"thread {name}"[:100]).decode() for name in threads[:20]]
-        self._calls.send({"t": "ready", "lost": lost})
+        names = [_text(f"thread {name}"[:100]).decode() for name in lost[:20]]
+        self._calls.send({"t": "ready", "lost": names})
         self._fork_standby()
 
     # -- contexts
@@ -1144,8 +1170,6 @@ def _hide_machinery(lines: traceback.TracebackException, seen: set[int]) -> None
 
 def _read_descriptor(descriptor: int) -> Any:
     """The bytes behind a descriptor, without a copy where the kernel can map them."""
-    import mmap
-
     try:
         size = os.fstat(descriptor).st_size
         return mmap.mmap(descriptor, size, prot=mmap.PROT_READ) if size else b""
@@ -1173,8 +1197,52 @@ def _open_output(fd: int) -> io.TextIOWrapper:
     )
 
 
+_libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock
+
+
+def _fork(wake: int) -> int:
+    """Fork; the child sleeps until ``wake`` is readable, and only then returns 0.
+
+    The child wakes up in one case out of very many, so it does next to nothing before it
+    sleeps: every page it wrote to would be copied. What os.fork does for a child's
+    interpreter (PyOS_AfterFork_Child) is left to whoever is woken.
+    """
+    poll = struct.pack("=ihh", wake, select.POLLIN, 0)
+    buffer = ctypes.create_string_buffer(poll, len(poll))
+    count, forever = ctypes.c_ulong(1), ctypes.c_int(-1)
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = _libc.fork()
+    if pid == 0:
+        while _libc.poll(buffer, count, forever) < 0:
+            pass  # a signal; there is nothing to do about it here
+        return 0
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(ctypes.get_errno(), "fork")
+    return int(pid)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        pass  # a cell has killed it
+
+
+def _reap(pid: int) -> bool:
+    """Collect a child that has ended, or with -1 any; False while there is none."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except OSError:
+        return pid != -1  # a cell has collected it
+
+
 def _run_executor(
-    channel: socket.socket, standby: socket.socket, outputs: dict[str, int], options: dict[str, Any]
+    channel: socket.socket,
+    standby: socket.socket,
+    slot: StandbySlot,
+    outputs: dict[str, int],
+    options: dict[str, Any],
 ) -> NoReturn:
     """In the forked child: give up rights, become the executor, never return."""
     try:
@@ -1190,7 +1258,7 @@ def _run_executor(
             del sys.modules[name]  # a cell's `import rlm` is its own affair
         enforced, missing = give_up(options)
         lockdown.die_with_parent()  # last: a change of user clears it
-        Executor(channel, standby).main(enforced, missing)
+        Executor(channel, standby, slot).main(enforced, missing)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
