@@ -74,6 +74,7 @@ FIGURES = (
     Figure(
         "cell", "gap_ms", "trivial cell, ms", faster_than("recursive_llm", 3.5, "cell", "gap_ms")
     ),
+    Figure("cell", "paced_ms", "… with a model of 20 ms, ms", own(1.0, "cell", "gap_ms")),
     Figure("cell", "gap_big_context_ms", "… large context, ms", own(1.5, "cell", "gap_ms")),
     Figure("cell", "gap_many_vars_ms", "… 1,000 variables, ms", own(1.2, "cell", "gap_ms")),
     Figure("cell", "gap_first10_ms", "… iterations 1-10, ms"),
@@ -82,6 +83,10 @@ FIGURES = (
         "run", "run_ms", "run of 10 turns, ms", faster_than("recursive_llm", 9, "run", "run_ms")
     ),
     Figure("run", "finish_ms", "… after the last reply, ms", Target(5)),
+    Figure("run", "start_ms", "… until the model's first call, ms"),
+    Figure("run", "cold_run_ms", "… the first of a process, ms"),
+    Figure("run", "cold_start_ms", "… … until the model's first call, ms"),
+    Figure("run", "script_ms", "script of one run of 2 turns, ms"),
     Figure("query", "per_s", "llm_query, per s", Target(0.45, FLOOR, "query", "unix_per_s"), True),
     Figure("query", "p50_us", "… p50, µs", Target(2.4, FLOOR, "query", "unix_p50_us")),
     # Ideal is 10 calls of 20 ms one after the other, whatever the number of threads.
@@ -107,6 +112,7 @@ FIGURES = (
     ),
     Figure("import", "import_ms", "import, ms", Target(1.15, FLOOR, "import", "stdlib_ms")),
     Figure("import", "ready_ms", "import with its RLM class, ms"),
+    Figure("import", "construct_ms", "… and an RLM constructed, ms"),
 )
 
 

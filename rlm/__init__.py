@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .errors import RLMError as RLMError
     from .events import Trace as Trace
     from .handler import LMHandler as LMHandler
-    from .rlm import RLM as RLM
     from .rlm import REPL as REPL
+    from .rlm import RLM as RLM
     from .rlm import RLMChatCompletion as RLMChatCompletion
     from .rlm import open_repl as open_repl
 

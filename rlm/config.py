@@ -82,7 +82,8 @@ class Config(BaseModel):
             return cls(**values)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}" for item in error.errors()
+                f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}"
+                for item in error.errors()
             )
             raise ConfigError(f"the configuration is not valid: {problems}") from None
 

@@ -176,9 +176,7 @@ class LMHandler:
             )
         )  # fmt: skip
 
-    def _emit_reply(
-        self, number: int, caller: Caller, reply: Reply, model: str, seconds: float
-    ) -> None:
+    def _emit_reply(self, number: int, caller: Caller, reply: Reply, model: str, seconds: float) -> None:
         events = self.events
         events.emit(
             ModelReplied(

@@ -21,7 +21,7 @@ class Limits:
     max_iterations: int = 30
     """Turns of one run: the model's reply and the cells in it."""
     max_depth: int = 1
-    """0: the model is called without a sandbox. 1: cells may call models. 2: and start child runs; and so on."""
+    """0: the model is called without a sandbox. 1: cells may call models. 2: and start child runs."""
     max_timeout: float | None = None
     """Seconds of wall time for the whole tree, running cells included."""
     cell_timeout: float | None = 120.0
@@ -42,9 +42,7 @@ class Ledger:
         self.calls = 0
         self.in_flight = 0
         self._usage: dict[str, ModelUsageSummary] = {}
-        self._deadline = (
-            None if limits.max_timeout is None else time.monotonic() + limits.max_timeout
-        )
+        self._deadline = None if limits.max_timeout is None else time.monotonic() + limits.max_timeout
 
     def reserve_call(self) -> int:
         """Take one call from the budget, before it is made. Returns its number, from 1.
@@ -97,5 +95,3 @@ class Ledger:
             "seconds": None if seconds is None else round(max(seconds, 0.0), 3),
             "calls_made": self.calls,
         }
-
-

@@ -12,7 +12,7 @@ import ctypes
 import os
 import platform
 import struct
-from typing import Iterable, List, Tuple
+from typing import Iterable, List
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -166,9 +166,7 @@ def landlock_signals() -> None:
 
 
 def _restrict(attributes: bytes, rules: list[tuple[str, int]]) -> None:
-    ruleset = _syscall(
-        _LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
-    )
+    ruleset = _syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
     try:
         for path, rights in rules:
             _allow(ruleset, path, rights)
@@ -187,9 +185,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
         if not os.path.isdir(path):
             rights &= _RIGHTS_ON_FILES
         rule = struct.pack("=Qi", rights, handle)
-        _syscall(
-            _LANDLOCK_ADD, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0)
-        )
+        _syscall(_LANDLOCK_ADD, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0))
     finally:
         os.close(handle)
 
@@ -200,25 +196,56 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 _DENIED = {
     # name: (x86_64, aarch64)
     # other processes' memory and descriptors
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438), "kcmp": (312, 272),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+    "kcmp": (312, 272),
     # mounts and name spaces: the way round every path rule
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
-    "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
-    "move_mount": (429, 429), "open_tree": (428, 428), "mount_setattr": (442, 442),
-    "unshare": (272, 97), "setns": (308, 268),
-    "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "move_mount": (429, 429),
+    "open_tree": (428, 428),
+    "mount_setattr": (442, 442),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "open_by_handle_at": (304, 265),
+    "name_to_handle_at": (303, 264),
     # kernel interfaces with a history of escalation, of no use to a cell
-    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
-    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "init_module": (175, 105),
-    "finit_module": (313, 273), "delete_module": (176, 106), "reboot": (169, 142),
-    "swapon": (167, 224), "swapoff": (168, 225), "acct": (163, 89), "syslog": (103, 116),
-    "quotactl": (179, 60), "settimeofday": (164, 170), "clock_settime": (227, 112),
-    "adjtimex": (159, 171), "clock_adjtime": (305, 266), "sethostname": (170, 161),
-    "setdomainname": (171, 162), "personality": (135, 92),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "keyctl": (250, 219),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "syslog": (103, 116),
+    "quotactl": (179, 60),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "adjtimex": (159, 171),
+    "clock_adjtime": (305, 266),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "personality": (135, 92),
     # a second way to every other call, invisible to this filter
-    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
 }
 _SOCKET = (41, 198)
 _SOCKETPAIR = (53, 199)
@@ -265,8 +292,12 @@ def _filter_program(machine: str, network: bool) -> bytes:
         program += [_op(_JUMP_EQ, numbers[column], 0, 1), _op(_RETURN, _ERRNO | _EPERM)]
     # clone3 hides its flags behind a pointer; without it libc falls back to clone
     program += [_op(_JUMP_EQ, _CLONE3, 0, 1), _op(_RETURN, _ERRNO | _ENOSYS)]
-    clone = [_op(_LOAD, _AT_ARG0), _op(_JUMP_SET, _NAMESPACE_FLAGS, 0, 1),
-             _op(_RETURN, _ERRNO | _EPERM), _op(_RETURN, _ALLOW)]
+    clone = [
+        _op(_LOAD, _AT_ARG0),
+        _op(_JUMP_SET, _NAMESPACE_FLAGS, 0, 1),
+        _op(_RETURN, _ERRNO | _EPERM),
+        _op(_RETURN, _ALLOW),
+    ]
     program += [_op(_JUMP_EQ, _CLONE[column], 0, len(clone)), *clone]
     program += _deny_unless(_SOCKET[column], _AT_ARG0, 0xFFFFFFFF, families)
     # a datagram pair could be re-addressed to any socket file that is visible
@@ -291,8 +322,11 @@ def seccomp(*, network: bool = False) -> None:
     argument = ctypes.create_string_buffer(packed, len(packed))
     _check(
         _libc.prctl(
-            _PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.c_void_p(ctypes.addressof(argument)),
-            ctypes.c_ulong(0), ctypes.c_ulong(0),
+            _PR_SET_SECCOMP,
+            ctypes.c_ulong(2),
+            ctypes.c_void_p(ctypes.addressof(argument)),
+            ctypes.c_ulong(0),
+            ctypes.c_ulong(0),
         ),
         "seccomp",
     )

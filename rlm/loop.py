@@ -227,9 +227,7 @@ class Run:
         left = self._tree.ledger.limits.max_iterations - self._iteration
         return "\n\n".join([*shown, f"({left} turns left)"]), None
 
-    async def _run_blocks(
-        self, blocks: Sequence[CodeBlock]
-    ) -> tuple[list[str], bool, REPLResult | None]:
+    async def _run_blocks(self, blocks: Sequence[CodeBlock]) -> tuple[list[str], bool, REPLResult | None]:
         """Run blocks in order until one fails. Returns observations, failure, the final result."""
         shown: list[str] = []
         final: REPLResult | None = None
@@ -341,9 +339,7 @@ class Run:
 
     def _emit(self, kind: Callable[..., AnyEvent], **values: Any) -> None:
         events = self._tree.events
-        events.emit(
-            kind(at=events.now(), run=self._id, parent=self._parent, depth=self._depth, **values)
-        )
+        events.emit(kind(at=events.now(), run=self._id, parent=self._parent, depth=self._depth, **values))
 
     def _emit_started(self) -> None:
         self._emit(

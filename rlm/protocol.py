@@ -14,9 +14,7 @@ import msgspec
 
 from . import wire
 
-Part = Literal[
-    "stdout", "stderr", "echo", "value", "traceback", "final", "final_value", "draft"
-]
+Part = Literal["stdout", "stderr", "echo", "value", "traceback", "final", "final_value", "draft"]
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True, kw_only=True):

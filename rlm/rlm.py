@@ -100,9 +100,7 @@ class RLM:
         def put(event: AnyEvent | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        task = asyncio.ensure_future(
-            hostloop.delegate(self._complete(prompt, root_prompt, [put]))
-        )
+        task = asyncio.ensure_future(hostloop.delegate(self._complete(prompt, root_prompt, [put])))
         task.add_done_callback(lambda _: put(None))
         try:
             while (event := await queue.get()) is not None:
@@ -186,7 +184,11 @@ class REPL:
     """
 
     def __init__(
-        self, environment: Any, backend: BaseLM | None, settings: dict[str, Any], on_output: Callable[[str, str], None]
+        self,
+        environment: Any,
+        backend: BaseLM | None,
+        settings: dict[str, Any],
+        on_output: Callable[[str, str], None],
     ) -> None:
         self._new = _environment_factory(environment, settings)
         self._backend = backend

@@ -69,7 +69,7 @@ class Session:
         """Wait for the sandbox's hello. Raises SandboxUnavailable when none comes."""
         try:
             return await asyncio.wait_for(asyncio.shield(self._hello), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise SandboxUnavailable(f"the sandbox did not report within {timeout:g} s") from None
 
     def send(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
@@ -180,7 +180,9 @@ class Connection(asyncio.Protocol):
         self._find = find
         self._session: Session | None = None
         self._reason = "the sandbox closed the connection"
-        self._decoder = wire.Decoder(protocol.parse, header_limit=wire.HELLO_LIMIT, blob_limit=wire.HELLO_LIMIT)
+        self._decoder = wire.Decoder(
+            protocol.parse, header_limit=wire.HELLO_LIMIT, blob_limit=wire.HELLO_LIMIT
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._progress = 0
         self._seen = 0

@@ -151,9 +151,7 @@ class Decoder(Generic[Message]):
             return False
         size = int.from_bytes(self._buffer[:_PREFIX], "big")
         if not 2 <= size <= self.header_limit:
-            raise FrameError(
-                "a header of %d bytes is outside 2..%d" % (size, self.header_limit)
-            )
+            raise FrameError("a header of %d bytes is outside 2..%d" % (size, self.header_limit))
         self._start = _PREFIX + size
         if len(self._buffer) < self._start:
             return False

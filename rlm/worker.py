@@ -63,6 +63,7 @@ ECHO_LIMIT = 20_000
 TRACEBACK_LIMIT = 20_000
 """Characters of a traceback; the first and the last half are kept."""
 
+
 def _parse(header: bytes) -> tuple[tuple[dict[str, Any], bytes], Sequence[int]]:
     """A header as a dict, beside its bytes, so that relaying need not encode it again."""
     message, sizes = wire.parse_dict(header)
@@ -544,9 +545,7 @@ def _send_with_descriptor(channel: socket.socket, data: bytes, descriptor: int) 
     channel.sendall(data[sent:])
 
 
-def _receive_with_descriptor(
-    channel: socket.socket, size: int, flags: int = 0
-) -> tuple[bytes, int]:
+def _receive_with_descriptor(channel: socket.socket, size: int, flags: int = 0) -> tuple[bytes, int]:
     """Up to ``size`` bytes and the descriptor that came with them, or -1."""
     data, ancillary, _, _ = channel.recvmsg(size, _DESCRIPTOR_SPACE, flags)
     for level, kind, payload in ancillary:
@@ -674,9 +673,7 @@ class Calls:
         descriptor, self._descriptor = self._descriptor, -1
         return waiter.reply, waiter.blobs, descriptor
 
-    def call(
-        self, header: dict[str, Any], blobs: Sequence[bytes]
-    ) -> tuple[dict[str, Any], list[bytes]]:
+    def call(self, header: dict[str, Any], blobs: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
         """Send a request and wait for its reply, whatever else is in flight."""
         if os.getpid() != self._owner:
             raise RuntimeError(
@@ -723,9 +720,7 @@ class Calls:
         frame = self._decoder.next_frame()
         if frame is None:
             try:
-                data, descriptor = _receive_with_descriptor(
-                    self.channel, READ_SIZE, socket.MSG_DONTWAIT
-                )
+                data, descriptor = _receive_with_descriptor(self.channel, READ_SIZE, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return None
             if not data:
@@ -1253,7 +1248,8 @@ def _run_executor(
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
-        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), _open_output(1), _open_output(2)
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))  # type: ignore[arg-type]
+        sys.stdout, sys.stderr = _open_output(1), _open_output(2)
         for name in [n for n in sys.modules if n.partition(".")[0] == "rlm"]:
             del sys.modules[name]  # a cell's `import rlm` is its own affair
         enforced, missing = give_up(options)
@@ -1321,9 +1317,7 @@ def _limit(limits: dict[str, int]) -> None:
         resource.setrlimit(which, (value, value))
 
 
-def serve(
-    reader: int, writer: int, token: str, options: dict[str, Any], lane: int | None = None
-) -> NoReturn:
+def serve(reader: int, writer: int, token: str, options: dict[str, Any], lane: int | None = None) -> NoReturn:
     """Run a session over two descriptors (which may be the same) until the other end closes.
 
     ``token`` proves to the host whose session this is. ``lane`` is a Unix socket through

@@ -238,8 +238,11 @@ def _parents() -> dict[int, int]:
 def _pss_kb(process: int) -> int:
     try:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except PermissionError as error:
+        # A sandbox that this user may not look into. Leaving it out would flatter it.
+        raise UnmeasurableError(f"the memory of process {process} is not ours to read") from error
     except OSError:
-        return 0
+        return 0  # It has ended.
     return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
 
 

@@ -33,6 +33,7 @@ MB = 1_000_000
 TINY = "tiny"
 TRIVIAL = "x = 1\nprint(x)"
 EDGE = 10  # Iterations at either end of the long run.
+PACE_S = 0.02
 SUB_LATENCY_S = 0.02
 ROOT_LATENCY_S = 0.1
 CALLS_PER_THREAD = 10
@@ -75,11 +76,13 @@ def warm_up(peer: Peer) -> None:
 
 
 def gaps_after_first(
-    peer: Peer, cells: Sequence[str], reps: int, context: str = TINY
+    peer: Peer, cells: Sequence[str], reps: int, context: str = TINY, latency: float = 0.0
 ) -> list[float]:
     """Gaps of all cells but each run's first, which may start a worker."""
     return [
-        gap for _ in range(reps) for gap in run_cells(peer, cells, context=context).root.gaps()[1:]
+        gap
+        for _ in range(reps)
+        for gap in run_cells(peer, cells, context=context, latency=latency).root.gaps()[1:]
     ]
 
 
@@ -91,6 +94,13 @@ def cell_gap(peer: Peer, options: Options) -> Values:
     warm_up(peer)
     gaps = gaps_after_first(peer, trivial_cells(options), options.reps)
     return {"gap_ms": median_ms(gaps)}
+
+
+def cell_gap_paced(peer: Peer, options: Options) -> Values:
+    """With a model that thinks: what a framework does in that time, it need not do after it."""
+    warm_up(peer)
+    gaps = gaps_after_first(peer, trivial_cells(options), options.reps, latency=PACE_S)
+    return {"paced_ms": median_ms(gaps)}
 
 
 def cell_gap_big_context(peer: Peer, options: Options) -> Values:
@@ -259,6 +269,7 @@ PROBES: dict[str, tuple[float, dict[Measure, tuple[str, ...]]]] = {
         180,
         {
             cell_gap: ("gap_ms",),
+            cell_gap_paced: ("paced_ms",),
             cell_gap_big_context: ("gap_big_context_ms",),
             cell_gap_many_variables: ("gap_many_vars_ms",),
             cell_gap_long_run: ("gap_first10_ms", "gap_last10_ms"),

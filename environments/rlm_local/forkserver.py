@@ -151,7 +151,7 @@ class ForkServer:
         loop = asyncio.get_running_loop()
         try:
             return await asyncio.wait_for(loop.sock_recv(self._control, 16), READY_TIMEOUT) == b"ready"
-        except (OSError, asyncio.TimeoutError):
+        except (TimeoutError, OSError):
             return False
 
     @property

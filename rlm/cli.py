@@ -1,0 +1,176 @@
+"""The ``rlm`` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, plugins
+from .errors import RLMError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Answer questions about contexts of any length with models that write code, in sandboxes.",
+)
+
+
+def main() -> None:
+    """Run the command line; errors of ours are one line and exit code 1."""
+    try:
+        app()
+    except RLMError as error:
+        _complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)  # noqa: T201 - the terminal is this module's business
+        sys.exit(130)
+
+
+def _complain(error: RLMError) -> None:
+    console = Console(stderr=True, highlight=False, markup=False)
+    console.print(f"{type(error).__name__}: {error}", soft_wrap=True)
+    if error.partial_answer:
+        console.print(f"The best answer so far: {error.partial_answer}", soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    question: Annotated[str, typer.Argument(help="What to find out about the context.")],
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Files and directories; '-' reads standard input.")
+    ] = None,
+    environment: Annotated[str | None, typer.Option(help="Where cells run: see `rlm environments`.")] = None,
+    backend: Annotated[str | None, typer.Option(help="The model client: see `rlm clients`.")] = None,
+    backend_arg: Annotated[
+        list[str] | None, typer.Option(help="A keyword for the client, NAME=VALUE; VALUE may be JSON.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings from a TOML, YAML or JSON file.")] = None,
+    max_iterations: Annotated[int | None, typer.Option(help="Turns at most.")] = None,
+    max_timeout: Annotated[float | None, typer.Option(help="Seconds at most.")] = None,
+    max_depth: Annotated[int | None, typer.Option(help="Levels of runs at most.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Append every event to this JSONL file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Ask a question about files, directories or standard input."""
+    from .rlm import RLM
+
+    given: dict[str, Any] = {
+        "environment": environment, "backend": backend, "max_iterations": max_iterations,
+        "max_timeout": max_timeout, "max_depth": max_depth, "trace": trace,
+    }  # fmt: skip
+    settings = {name: value for name, value in given.items() if value is not None}
+    keywords = dict(_keyword(text) for text in backend_arg or [])
+    if model is not None:
+        keywords["model_name"] = model
+    if keywords:
+        settings["backend_kwargs"] = keywords
+    settings["verbose"] = not quiet
+    rlm = RLM.from_config(config, **settings) if config else RLM(**settings)
+    with rlm:
+        result = rlm.completion(_context(paths or []), question)
+    if as_json:
+        typer.echo(_as_json(result))
+        return
+    if result.is_best_effort:
+        typer.echo("(the turns ran out: this is the best answer there was)", err=True)
+    typer.echo(result.response)
+
+
+def _keyword(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _context(paths: list[str]) -> Any:
+    """The context that the arguments name: text for one file or standard input, else a dict."""
+    if paths == ["-"] or (not paths and not sys.stdin.isatty()):
+        data = sys.stdin.buffer.read()
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return data
+    if not paths:
+        raise typer.BadParameter("name a file or a directory, or '-' for standard input")
+    if "-" in paths:
+        raise typer.BadParameter("'-' stands alone: standard input is the whole context")
+    missing = [path for path in paths if not Path(path).exists()]
+    if missing:
+        raise typer.BadParameter(f"there is no file or directory {missing[0]!r}")
+    return Path(paths[0]) if len(paths) == 1 else [Path(path) for path in paths]
+
+
+def _as_json(result: Any) -> str:
+    fields = {
+        "response": result.response,
+        "value": result.value,
+        "stopped": result.stopped,
+        "root_model": result.root_model,
+        "iterations": result.iterations,
+        "execution_time": result.execution_time,
+        "usage": result.usage_summary.model_usage_summaries,
+    }
+    return msgspec.json.encode(fields).decode()
+
+
+@app.command()
+def environments() -> None:
+    """The environments that are installed, where they come from, and whether they work here."""
+    _list("rlm.environments", "environment", _try_environment)
+
+
+@app.command()
+def clients() -> None:
+    """The model clients that are installed, where they come from, and whether they can be imported."""
+    _list("rlm.clients", "client", lambda plugin: (plugin.load(), "yes")[1])
+
+
+def _try_environment(plugin: plugins.Plugin) -> str:
+    """Start one, and say what it enforces."""
+    from .rlm import open_repl
+
+    with open_repl(plugin.load()) as repl:
+        isolation = repl.isolation
+        text = f"yes: {isolation.level}"
+        if isolation.enforced:
+            text += f"; enforced: {', '.join(isolation.enforced)}"
+        if isolation.missing:
+            text += f"; NOT enforced: {'; '.join(isolation.missing)}"
+        return text
+
+
+def _list(group: plugins.Group, word: str, check: Any) -> None:
+    table = Table(word, "from", "class", "usable")
+    for plugin in plugins.installed(group):
+        try:
+            usable = check(plugin)
+        except RLMError as error:
+            usable = f"no: {error}"
+        table.add_row(plugin.name, f"{plugin.distribution} {plugin.version}", plugin.target, usable)
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()
