@@ -20,7 +20,8 @@ from peers.common import (
     median_ms,
     version_of,
 )
-from peers.probes import EDGE, TINY, TRIVIAL, probes_of, run_cells, warm_up
+from peers.probes import EDGE, TRIVIAL, probes_of, run_cells, warm_up
+
 from rlm import RLM, BaseLM, Reply, Request
 
 CONSTRUCT = "from rlm import RLM; RLM(backend='scripted', environment='local')"

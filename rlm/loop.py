@@ -216,7 +216,7 @@ class Run:
         elif parsed.directive is not None:
             if parsed.directive.kind == "FINAL":
                 return "", REPLResult(final_answer=parsed.directive.text)
-            result = await self._run_block(f"FINAL_VAR({parsed.directive.text!r})")
+            result = await self._run_block(f"FINAL({parsed.directive.text})")  # an identifier, the parser says
             if result.final_answer is not None:
                 return "", result
             shown.append(self._observe(result))

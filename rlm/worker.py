@@ -819,12 +819,9 @@ class Namespace:
         return value
 
     def FINAL_VAR(self, name: Any) -> Any:
-        """Submit the variable called ``name`` as the final answer; a value is submitted as it is."""
-        if isinstance(name, str) and name in self.names:
-            return self.FINAL(self.names[name])
-        if isinstance(name, str) and name.isidentifier():
-            raise NameError(f"FINAL_VAR: there is no variable {name!r}; SHOW_VARS() lists them")
-        return self.FINAL(name)
+        """Submit the variable called ``name`` as the final answer; anything else is submitted as it is."""
+        named = isinstance(name, str) and name in self.names
+        return self.FINAL(self.names[name] if named else name)
 
     def SHOW_VARS(self) -> Variables:
         """The variables made so far: name -> type."""
@@ -1248,7 +1245,7 @@ def _run_executor(
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
-        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))  # type: ignore[arg-type]
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
         sys.stdout, sys.stderr = _open_output(1), _open_output(2)
         for name in [n for n in sys.modules if n.partition(".")[0] == "rlm"]:
             del sys.modules[name]  # a cell's `import rlm` is its own affair

@@ -1,0 +1,42 @@
+"""What the documents show does what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLES)))
+def test_every_python_sample_of_the_readme_runs_and_prints_what_it_says(number: int, tmp_path: Path) -> None:
+    sample = tmp_path / "sample.py"
+    sample.write_text(SAMPLES[number])
+    done = subprocess.run(
+        [sys.executable, str(sample)], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("one\n1\nfinal" if number == 0 else "42\n 43 None\n42\n") in done.stdout
+
+
+def test_the_demo_answers_rightly_and_leaves_a_trace(tmp_path: Path) -> None:
+    demo = [sys.executable, str(ROOT / "examples" / "demo.py")]
+    done = subprocess.run(demo, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "NO MODEL" in done.stderr
+    assert json.loads(done.stdout)["warnings.py"] >= 1
+    kinds = {json.loads(line)["event"] for line in (tmp_path / "demo-trace.jsonl").read_text().splitlines()}
+    assert {"run_started", "cell_finished", "model_replied", "run_finished"} <= kinds
+
+
+def test_the_demos_check_finds_a_wrong_answer() -> None:
+    demo = [sys.executable, str(ROOT / "examples" / "demo.py"), "--check", '{"warnings.py": 99}']
+    done = subprocess.run(demo, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "'warnings.py': (99," in done.stderr
