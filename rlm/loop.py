@@ -20,7 +20,7 @@ from typing import Any, Literal
 from . import context as contexts
 from . import prompts, protocol
 from .client import Message, Reply
-from .environment import BaseEnv, Host, REPLResult
+from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import ErrorThresholdExceeded, LimitExceeded, MaxIterationsExceeded, RLMError
 from .events import (
     AnyEvent,
@@ -90,6 +90,11 @@ class Run:
         self._env: BaseEnv | None = None
         self.partial: str | None = None
         """The best answer so far, should the run end early."""
+
+    @property
+    def isolation(self) -> Isolation:
+        """What stands between this run's cells and the host."""
+        return self._env.isolation if self._env is not None else Isolation("no cells")
 
     # -- the run
 
@@ -216,7 +221,9 @@ class Run:
         elif parsed.directive is not None:
             if parsed.directive.kind == "FINAL":
                 return "", REPLResult(final_answer=parsed.directive.text)
-            result = await self._run_block(f"FINAL({parsed.directive.text})")  # an identifier, the parser says
+            result = await self._run_block(
+                f"FINAL({parsed.directive.text})"
+            )  # an identifier, the parser says
             if result.final_answer is not None:
                 return "", result
             shown.append(self._observe(result))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import context as contexts
 from . import hostloop, plugins
 from .client import BaseLM, UsageSummary
-from .environment import BaseEnv, Host, REPLResult
+from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import ConfigError
 from .events import AnyEvent, EventBus, JSONLWriter, Subscriber, Trace
 from .handler import LMHandler
@@ -43,6 +43,8 @@ class RLMChatCompletion:
     usage_summary: UsageSummary
     """Of the whole run tree."""
     trace: Trace
+    isolation: Isolation
+    """What stood between the root's cells and this process."""
 
     @property
     def is_best_effort(self) -> bool:
@@ -155,11 +157,19 @@ class RLM:
                 _name(config.environment), _name(config.backend), config.custom_system_prompt,
                 config.max_concurrent_subcalls,
             )  # fmt: skip
-            outcome = await Run(tree, context, question).run()
+            run = Run(tree, context, question)
+            outcome = await run.run()
         return RLMChatCompletion(
-            outcome.response, outcome.value, outcome.stopped, client.model_name, outcome.iterations,
-            events.now(), ledger.usage(), events.trace,
-        )  # fmt: skip
+            response=outcome.response,
+            value=outcome.value,
+            stopped=outcome.stopped,
+            root_model=client.model_name,
+            iterations=outcome.iterations,
+            execution_time=events.now(),
+            usage_summary=ledger.usage(),
+            trace=events.trace,
+            isolation=run.isolation,
+        )
 
     def _connect(self) -> BaseLM:
         """The client, made on first use, on the core's loop."""
@@ -216,7 +226,7 @@ class REPL:
         hostloop.run(self._stop())
 
     @property
-    def isolation(self) -> Any:
+    def isolation(self) -> Isolation:
         """What stands between the cells and this process."""
         return self._started().isolation
 

@@ -18,6 +18,7 @@ import ast
 import builtins
 import collections
 import ctypes
+import fcntl
 import inspect
 import io
 import json
@@ -41,8 +42,8 @@ from typing import Any, Callable, Iterable, NoReturn, Sequence
 from rlm import lockdown, wire
 
 READ_SIZE = 1 << 18
-PIPE_SIZE = 1 << 16
-"""Capacity of a Linux pipe: the most that can be waiting in one when a cell ends."""
+FLOOD_PIPE_SIZE = 1 << 20
+"""Capacity that a pipe is given when a cell floods it: the most that waits in one when it ends."""
 
 STREAM_INTERVAL = 0.05
 """Seconds between two batches of output of a running cell."""
@@ -53,6 +54,8 @@ faster than the host reads is slowed down, not buffered."""
 
 RESTART_LIMIT = 3
 """Executors that may die in a row before they are ready, before the session is given up."""
+
+_F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 
 PLAIN_LIMIT = 1 << 20
 """Bytes of JSON up to which the value of a last expression travels as data."""
@@ -130,6 +133,11 @@ class Captured:
         self._tail = bytearray()
         self._dropped = 0
         self._streamed = 0
+
+    @property
+    def overflows(self) -> bool:
+        """Whether some of the output has been dropped."""
+        return self._dropped > 0
 
     def add(self, data: bytes) -> None:
         """Take output; past the limit only its tail is kept."""
@@ -383,15 +391,22 @@ class Supervisor:
     # -- output
 
     def _capture(self, fd: int) -> None:
+        captured = self._captured[self._pipes[fd]]
+        was_overflowing = captured.overflows
         try:
-            self._captured[self._pipes[fd]].add(os.read(fd, PIPE_SIZE))
+            captured.add(os.read(fd, FLOOD_PIPE_SIZE))
         except BlockingIOError:
-            pass
+            return
+        if captured.overflows and not was_overflowing:
+            try:
+                fcntl.fcntl(fd, _F_SETPIPE_SZ, FLOOD_PIPE_SIZE)
+            except OSError:
+                pass  # the user's pipes take all the memory they may: it stays as slow as it is
 
     def _drain(self) -> None:
         """Take what a cell that has ended left in the pipes: one pipe's capacity, no more."""
         for fd, name in self._pipes.items():
-            room = PIPE_SIZE
+            room = FLOOD_PIPE_SIZE
             while room > 0:
                 try:
                     data = os.read(fd, room)
@@ -452,9 +467,9 @@ class Supervisor:
             cause = self._crash
         self._crash = cause
         self._restarts += 1
-        standby = self._slot.pid
+        standby = self._slot.pid if self._slot.pid != self._executor else 0
         self._kill_all(spare=(standby,))
-        if not (standby and self._activate()):
+        if not (standby and self._slot.pid == standby and self._activate(standby)):
             cause["state"] = "lost"
             self._start_executor()
 
@@ -465,11 +480,13 @@ class Supervisor:
         self._host.send(wire.encode({"t": "failed", "token": self._token}, [reason[-4000:]]))
         raise EOFError
 
-    def _activate(self) -> bool:
+    def _activate(self, standby: int) -> bool:
         """Wake the standby, and give it the socket on which its own standby will wait."""
         assert self._standby_socket is not None and self._crash is not None
         channel = self._standby_socket
         ours, theirs = socket.socketpair()
+        # before it is woken: from then on the slot is its own to write, at once
+        self._executor, self._slot.pid = standby, 0
         try:
             _send_with_descriptor(channel, wire.encode({"t": "activate"}), theirs.fileno())
         except OSError:
@@ -478,7 +495,6 @@ class Supervisor:
         finally:
             theirs.close()
         self._crash["state"] = "restored"
-        self._executor, self._slot.pid = self._slot.pid, 0
         self._standby_socket = ours
         self._attach(channel)
         return True
@@ -1020,7 +1036,8 @@ class Executor:
                 self._namespace.reserved[name] = value
             self._namespace.restore()
         except Exception as error:  # whatever unpickling raises is the host's to report
-            reply["error"] = _text(f"{type(error).__name__}: {error}").decode()[:2000]
+            hint = "it does not fit into the sandbox's memory limit" if isinstance(error, MemoryError) else ""
+            reply["error"] = _text(f"{type(error).__name__}: {hint or error}").decode()[:2000]
         self._calls.send(reply)
 
     # -- cells
@@ -1279,6 +1296,7 @@ def give_up(options: dict[str, Any]) -> tuple[list[str], list[str]]:
         os.chdir(options["scratch"])
     os.environ.update(options.get("environ", {}))
     _limit(options.get("limits", {}))
+    lockdown.no_new_privileges()
     keep = wanted.get("keep", 0)
     if wanted.get("uid") is not None:
         attempt("user", lambda: lockdown.become(wanted["uid"], keep))
@@ -1292,7 +1310,15 @@ def give_up(options: dict[str, Any]) -> tuple[list[str], list[str]]:
             attempt("files", lambda: lockdown.landlock_files(rules["read"], rules["write"]))
         attempt("signals", lockdown.landlock_signals)
     if wanted.get("seccomp"):
-        attempt("system calls", lambda: lockdown.seccomp(network=bool(wanted.get("network"))))
+        network = bool(wanted.get("network"))
+        attempt("system calls", lambda: lockdown.seccomp(network=network))
+        if "system calls" in enforced and not network:
+            enforced.append("network")
+    if "NPROC" in options.get("limits", {}):
+        if os.getuid():
+            enforced.append("processes")
+        else:
+            missing.append("processes (the kernel lets root start any number)")
     return enforced, missing
 
 

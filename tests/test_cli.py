@@ -17,12 +17,16 @@ RLM = [sys.executable, "-m", "rlm.cli"]
 
 
 def rlm(*arguments: str, stdin: bytes = b"", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*RLM, *arguments], input=stdin, capture_output=True, timeout=60, cwd=cwd, check=False)
+    done = subprocess.run(
+        [*RLM, *arguments], input=stdin, capture_output=True, timeout=60, cwd=cwd, check=False
+    )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def ask(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    return rlm("run", "what is it?", *arguments, "--backend", "scripted", "--backend-arg", SCRIPT, stdin=stdin)
+    return rlm(
+        "run", "what is it?", *arguments, "--backend", "scripted", "--backend-arg", SCRIPT, stdin=stdin
+    )
 
 
 @pytest.fixture
@@ -67,7 +71,9 @@ def test_a_trace_file_is_written(document: Path, tmp_path: Path) -> None:
 
 def test_a_config_file_is_read_and_options_win_over_it(document: Path, tmp_path: Path) -> None:
     config = tmp_path / "rlm.toml"
-    config.write_text('backend = "scripted"\nmax_iterations = 1\n[backend_kwargs]\nscript = ["FINAL(from the file)"]\n')
+    config.write_text(
+        'backend = "scripted"\nmax_iterations = 1\n[backend_kwargs]\nscript = ["FINAL(from the file)"]\n'
+    )
     assert rlm("run", "q", str(document), "--config", str(config), "--quiet").stdout == "from the file\n"
 
 
@@ -120,7 +126,9 @@ def test_control_characters_in_output_do_not_reach_the_terminal(document: Path) 
 def test_ctrl_c_stops_a_running_cell_and_exits_with_130(document: Path) -> None:
     script = "script=" + json.dumps(["```repl\nwhile True: pass\n```"])
     command = [*RLM, "run", "q", str(document), "--backend", "scripted", "--backend-arg", script]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "cell 1:" in line:

@@ -115,13 +115,17 @@ def test_final_var_of_an_unknown_name_is_an_observation() -> None:
 
 
 def test_blocks_after_a_failing_one_are_not_run() -> None:
-    result = scripted(cell("1/0") + "\n" + cell("x = 1"), cell("'x' in globals()"), "FINAL(x)").completion("c")
+    result = scripted(cell("1/0") + "\n" + cell("x = 1"), cell("'x' in globals()"), "FINAL(x)").completion(
+        "c"
+    )
     assert "not run" in observations(result)[0]
     assert "value: False" in observations(result)[1]
 
 
 def test_variables_live_from_turn_to_turn() -> None:
-    result = scripted(cell("x = 20"), cell("def f(): return x + 1"), cell("x = 41"), cell("FINAL(f())")).completion("c")
+    result = scripted(
+        cell("x = 20"), cell("def f(): return x + 1"), cell("x = 41"), cell("FINAL(f())")
+    ).completion("c")
     assert result.response == "42"
 
 
@@ -219,7 +223,9 @@ def test_children_work_in_sandboxes_of_their_own() -> None:
 
 
 def test_depth_zero_is_a_plain_call_without_a_sandbox() -> None:
-    result = RLM(backend=Recorder(lambda messages: messages[-1].content), max_depth=0).completion("text", "ask")
+    result = RLM(backend=Recorder(lambda messages: messages[-1].content), max_depth=0).completion(
+        "text", "ask"
+    )
     assert result.response == "ask\n\ntext"
     assert not [event for event in result.trace if isinstance(event, events.SandboxStarted)]
 
@@ -412,3 +418,9 @@ def test_an_environment_object_serves_as_a_pattern_for_every_run() -> None:
 def test_a_wrong_plugin_is_an_error_that_says_what_is_wrong(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RLMError, match=message):
         RLM(**{"backend": "scripted", **settings}).completion("c")
+
+
+def test_the_result_says_what_isolation_was_reached() -> None:
+    assert scripted("FINAL(x)").completion("c").isolation.level in ("bubblewrap", "landlock")
+    bare = scripted("FINAL(x)", environment_kwargs={"isolation": "none"}).completion("c")
+    assert bare.isolation.level == "none"

@@ -35,8 +35,9 @@ class LocalREPL(WorkerEnv):
     ``isolation``: ``"auto"`` enforces what the machine can and warns of the rest,
     ``"required"`` refuses to start unless everything is enforced, ``"none"`` asks for a
     bare process. ``wall`` chooses among bubblewrap and Landlock. Sizes are in MiB:
-    ``memory`` bounds each process of a sandbox beyond its contexts, ``file_size`` each
-    file, ``scratch`` all scratch directories together where they are in memory.
+    ``memory`` bounds each process of a sandbox, contexts included; ``file_size`` each file;
+    ``scratch`` all scratch directories together, where bubblewrap keeps them in memory;
+    ``output`` what is kept of each of a cell's two output streams.
     """
 
     def __init__(
