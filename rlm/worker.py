@@ -947,10 +947,13 @@ def _raise_failure(reply: dict[str, Any]) -> None:
 class Executor:
     """Runs cells in one namespace, and forks a standby after each."""
 
-    def __init__(self, channel: socket.socket, standby: socket.socket, slot: StandbySlot) -> None:
+    def __init__(
+        self, channel: socket.socket, standby: socket.socket, slot: StandbySlot, rollback: bool
+    ) -> None:
         self._calls = Calls(channel)
         self._standby_socket = standby
         self._slot = slot
+        self._rollback = rollback
         self._standby = 0
         self._dying: list[int] = []
         self._namespace = Namespace(self._calls)
@@ -983,6 +986,8 @@ class Executor:
 
     def _fork_standby(self) -> None:
         """Leave a sleeping copy of this process; it replaces the one before."""
+        if not self._rollback:
+            return
         try:
             pid = _fork(self._standby_socket.fileno())
         except OSError:  # at the process limit; the older copy stays until there is room
@@ -1003,8 +1008,11 @@ class Executor:
 
     def _warm_up(self) -> None:
         """Touch what the next cell will touch: after a fork, the first write to each page copies it."""
-        self._evaluate("None", "<warm up>")
-        wire.encode({"t": "result", "id": 0, "parts": []}, [b"", b""])
+        header, parts = self._cell(0, "None")
+        frame = wire.encode({**header, "parts": list(parts)}, [b"", b""])
+        decoder = _decoder()
+        decoder.feed(frame)
+        decoder.next_frame()
 
     def _take_over(self) -> None:
         """In the copy, which is needed now: become the executor."""
@@ -1043,6 +1051,12 @@ class Executor:
     # -- cells
 
     def _execute(self, number: int, source: str) -> None:
+        header, parts = self._cell(number, source)
+        header["parts"] = list(parts)
+        self._calls.send(header, list(parts.values()))
+
+    def _cell(self, number: int, source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Run one cell and put its result together."""
         filename = f"<cell {number}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
         header: dict[str, Any] = {"t": "result", "id": number}
@@ -1055,8 +1069,7 @@ class Executor:
         self._close_output()
         self._namespace.restore()
         self._add_answer(header, parts)
-        header["parts"] = list(parts)
-        self._calls.send(header, list(parts.values()))
+        return header, parts
 
     def _run(self, source: str, filename: str, parts: dict[str, bytes]) -> list[str] | None:
         """Run one cell. What it raised comes back as [type, message], the traceback in ``parts``."""
@@ -1268,7 +1281,8 @@ def _run_executor(
             del sys.modules[name]  # a cell's `import rlm` is its own affair
         enforced, missing = give_up(options)
         lockdown.die_with_parent()  # last: a change of user clears it
-        Executor(channel, standby, slot).main(enforced, missing)
+        rollback = options.get("rollback", True)
+        Executor(channel, standby, slot, rollback).main(enforced, missing)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

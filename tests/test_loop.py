@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,7 +139,7 @@ def test_requests_alternate_and_each_is_a_prefix_of_the_next() -> None:
     client = Recorder(lambda messages: "FINAL(x)" if turn_of(messages) == 4 else cell("print(1)\n1/0"))
     RLM(backend=client).completion("c", "q")
     histories = [request.messages for request in client.requests]
-    for earlier, later in zip(histories, histories[1:], strict=False):
+    for earlier, later in itertools.pairwise(histories):
         assert later[: len(earlier)] == earlier
     roles = [message.role for message in histories[-1]]
     assert roles == ["system", "user", *["assistant", "user"] * 4]
@@ -191,8 +192,8 @@ def test_cells_call_models_and_failures_raise_in_the_cell() -> None:
 def test_a_batch_gives_failures_in_their_places() -> None:
     def answer(messages: Sequence[Message]) -> str:
         if messages[0].role == "system":
-            code = "r = llm_query_batched(['a', 'b', 'c'])\nFINAL([x if isinstance(x, str) else x.kind for x in r])"
-            return cell(code)
+            ask = "r = llm_query_batched(['a', 'b', 'c'])"
+            return cell(f"{ask}\nFINAL([x if isinstance(x, str) else x.kind for x in r])")
         if messages[0].content == "b":
             raise ModelError("no")
         return messages[0].content.upper()
@@ -212,8 +213,8 @@ def test_at_the_depth_cap_rlm_query_is_a_plain_call() -> None:
 def test_children_work_in_sandboxes_of_their_own() -> None:
     def answer(messages: Sequence[Message]) -> str:
         if "ROOT" in messages[1].content:
-            code = "context_kept = context\nr = rlm_query_batched(['sum'] * 3, contexts=['1', '22', '333'])\nFINAL(r)"
-            return cell(code)
+            ask = "r = rlm_query_batched(['sum'] * 3, contexts=['1', '22', '333'])"
+            return cell(f"context_kept = context\n{ask}\nFINAL(r)")
         return cell("FINAL(len(context) if 'context_kept' not in globals() else 'leak')")
 
     result = RLM(backend=Recorder(answer), max_depth=2).completion("c", "ROOT")
@@ -334,9 +335,13 @@ async def test_astream_gives_the_events_as_they_happen_and_ends_with_the_end() -
 
 async def test_astream_raises_after_the_events_that_led_to_it() -> None:
     seen = []
-    with pytest.raises(ScriptExhausted):
+
+    async def watch() -> None:
         async for event in scripted(cell("1")).astream("c"):
             seen.append(event)
+
+    with pytest.raises(ScriptExhausted):
+        await watch()
     assert isinstance(seen[-1], events.RunFinished)
 
 
@@ -392,7 +397,7 @@ def test_an_rlm_can_be_used_again_and_again() -> None:
 def test_the_trace_file_holds_every_event_and_loads_back(tmp_path: Any) -> None:
     path = tmp_path / "trace.jsonl"
     result = scripted(cell("print('hi')"), "FINAL(x)", trace=path).completion("c", "q")
-    assert [json.loads(line)["event"] for line in path.read_text().splitlines()][0] == "run_started"
+    assert json.loads(path.read_text().splitlines()[0])["event"] == "run_started"
     assert events.Trace.load(path).events == result.trace.events
 
 
@@ -424,3 +429,10 @@ def test_the_result_says_what_isolation_was_reached() -> None:
     assert scripted("FINAL(x)").completion("c").isolation.level in ("bubblewrap", "landlock")
     bare = scripted("FINAL(x)", environment_kwargs={"isolation": "none"}).completion("c")
     assert bare.isolation.level == "none"
+
+
+def test_without_rollback_a_cell_that_dies_takes_the_variables_and_says_so() -> None:
+    script = (cell("x = 1"), cell("import os\nos._exit(1)"), cell("FINAL('x' in globals() or len(context))"))
+    result = scripted(*script, environment_kwargs={"rollback": False}).completion("four")
+    assert result.value == 4
+    assert "Lost: every variable but the contexts" in observations(result)[1]

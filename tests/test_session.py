@@ -1,6 +1,7 @@
 """Facts about a sandbox's connection, told by raw TCP clients to a real handler."""
 
 import asyncio
+import contextlib
 import logging
 import re
 import socket
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from rlm import handler as handler_module
-from rlm import protocol, session, wire
+from rlm import protocol, wire
+from rlm import session as session_module
 from rlm.errors import ModelError, RLMError, SandboxLost, SandboxUnavailable
 from rlm.events import EventBus
 from rlm.handler import LMHandler
@@ -62,11 +64,9 @@ class Peer:
     async def ended(self) -> None:
         """Return when the other end has closed the connection."""
         async with asyncio.timeout(PATIENCE):
-            try:
+            with contextlib.suppress(ConnectionError):
                 while await self._reader.read(1 << 16):
                     pass
-            except ConnectionError:
-                pass
 
     async def leave(self) -> None:
         """Close, and wait until the other end has closed too, so that nothing outlives the test."""
@@ -74,10 +74,8 @@ class Peer:
             self.finish()
             await self.ended()
         self._writer.close()
-        try:
+        with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
-        except ConnectionError:
-            pass
 
 
 class House:
@@ -206,7 +204,7 @@ async def test_a_stranger_spoils_nothing_for_the_session_that_it_names(case: str
 async def test_no_hello_in_time_ends_a_connection(
     house: House, neighbour: Peer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "HELLO_TIMEOUT", 0.02)
+    monkeypatch.setattr(session_module, "HELLO_TIMEOUT", 0.02)
     await (await house.connect()).ended()
     assert reasons(caplog) == ["closed an unknown connection: no hello in time"]
 
@@ -214,7 +212,7 @@ async def test_no_hello_in_time_ends_a_connection(
 async def test_a_trickle_of_bytes_does_not_put_off_the_time_for_hello(
     house: House, neighbour: Peer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "HELLO_TIMEOUT", 0.05)
+    monkeypatch.setattr(session_module, "HELLO_TIMEOUT", 0.05)
     peer = await house.connect()
     peer.send((4000).to_bytes(4, "big"))
 
@@ -361,7 +359,7 @@ async def test_a_frame_out_of_order_ends_its_connection_with_a_reason(
 async def test_nothing_behind_a_broken_frame_is_served(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
-    session, peer = await house.enter()
+    _, peer = await house.enter()
     peer.send(call(1, b"\xff") + call(2, b"never"))
     await peer.ended()
     assert house.asked == []
@@ -371,7 +369,7 @@ async def test_a_broken_frame_leaves_one_line_in_the_log_whatever_it_says(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who reads the log can trust its lines, and its disk."""
-    session, peer = await house.enter()
+    _, peer = await house.enter()
     peer.send(
         wire.encode({"t": "call", "id": 1, "fn": "budget", "x\nCRITICAL root: forged" + "x" * 100_000: 1})
     )
@@ -409,19 +407,19 @@ async def test_an_orderly_end_is_no_cause_for_a_warning(
 async def test_a_pause_in_the_middle_of_a_frame_ends_the_connection(
     house: House, neighbour: Peer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session_, peer = await house.enter()
-    monkeypatch.setattr(session, "STALL_TIMEOUT", 0.02)
+    session, peer = await house.enter()
+    monkeypatch.setattr(session_module, "STALL_TIMEOUT", 0.02)
     peer.send(call(1, b"a prompt")[:-3])
     await peer.ended()
-    assert reasons(caplog) == [f"closed session {session_.id}: no byte for 0.02 s in the middle of a frame"]
+    assert reasons(caplog) == [f"closed session {session.id}: no byte for 0.02 s in the middle of a frame"]
 
 
 async def test_a_slow_frame_that_moves_on_is_taken(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     _, peer = await house.enter()
-    monkeypatch.setattr(session, "STALL_TIMEOUT", 5.0)
+    monkeypatch.setattr(session_module, "STALL_TIMEOUT", 0.3)
     for byte in call(1, b"slow"):
         peer.send(bytes([byte]))
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.005)
     assert (await peer.receive())[1] == [b"SLOW"]
 
 
@@ -429,7 +427,7 @@ async def test_a_pause_between_frames_may_be_of_any_length(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, peer = await house.enter()
-    monkeypatch.setattr(session, "STALL_TIMEOUT", 0.01)
+    monkeypatch.setattr(session_module, "STALL_TIMEOUT", 0.01)
     frame = call(1, b"one")
     peer.send(frame[:5])
     await asyncio.sleep(0)
@@ -443,15 +441,15 @@ async def test_a_pause_between_frames_may_be_of_any_length(
 async def test_a_call_too_many_in_flight_ends_the_connection(
     house: House, neighbour: Peer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "IN_FLIGHT_LIMIT", 3)
-    session_, peer = await house.enter()
+    monkeypatch.setattr(session_module, "IN_FLIGHT_LIMIT", 3)
+    session, peer = await house.enter()
     peer.send(b"".join(call(number, HOLD) for number in range(4)))
     await peer.ended()
-    assert reasons(caplog) == [f"closed session {session_.id}: more than 3 calls in flight"]
+    assert reasons(caplog) == [f"closed session {session.id}: more than 3 calls in flight"]
 
 
 async def test_calls_up_to_the_limit_are_answered(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "IN_FLIGHT_LIMIT", 3)
+    monkeypatch.setattr(session_module, "IN_FLIGHT_LIMIT", 3)
     _, peer = await house.enter()
     for start in (0, 3):  # what is answered makes room
         peer.send(b"".join(call(start + number, HOLD) for number in range(3)))
@@ -463,38 +461,30 @@ async def test_calls_up_to_the_limit_are_answered(house: House, monkeypatch: pyt
 
 async def test_a_client_that_does_not_read_is_not_read_either(house: House) -> None:
     """Else its unread answers would fill the host's memory."""
-    total = 3000
-    session, _ = house.open(), None
-    served = 0
+    total, served = 3000, 0
 
     async def serve(call: protocol.Call, texts: list[str]) -> Answers:
         nonlocal served
         served += 1
-        return ["x" * 50_000]
+        return ["x" * 20_000]
 
-    greedy = house.handler.open_session(serve, lambda *_: None)
-    stream = await asyncio.get_running_loop().run_in_executor(
-        None, socket.create_connection, house.handler.address
-    )
-    with stream:
+    session = house.handler.open_session(serve, lambda *_: None)
+    loop = asyncio.get_running_loop()
+    with socket.socket() as stream:
         stream.setblocking(False)
-        loop = asyncio.get_running_loop()
-        await loop.sock_sendall(stream, hello(greedy.token))
-        await greedy.connected(PATIENCE)
-
-        async def ask() -> None:
-            for number in range(total):
-                await loop.sock_sendall(stream, call(number, b"?" * 2000))
-
-        asking = asyncio.create_task(ask())
+        await loop.sock_connect(stream, house.handler.address)
+        await loop.sock_sendall(stream, hello(session.token))
+        await session.connected(PATIENCE)
+        requests = b"".join(call(number, b"?" * 2000) for number in range(total))
+        asking = asyncio.create_task(loop.sock_sendall(stream, requests))
         seen = -1
-        while served != seen and served < total:  # until it rests, or has taken all
+        while served != seen and served < total:  # until it rests, or has served all
             seen = served
             await asyncio.sleep(0.2)
         asking.cancel()
         await asyncio.wait([asking])
+    await session.lost
     assert served < total
-    await greedy.lost
 
 
 # --- calls -------------------------------------------------------------------------------------
@@ -565,14 +555,20 @@ def failing(error: Exception) -> Serve:
 
 async def ask(house: House, serve: Serve, request: bytes) -> Frame:
     """What a sandbox whose calls ``serve`` answers gets for one request."""
-    session = house.handler.open_session(serve, lambda *_: None)
+
+    async def serve_or_pong(call: protocol.Call, texts: list[str]) -> Answers:
+        return ["pong"] if texts == ["ping"] else await serve(call, texts)
+
+    session = house.handler.open_session(serve_or_pong, lambda *_: None)
+    served = asyncio.Event()
+    session.on_waiting = lambda waiting: None if waiting else served.set()
     _, peer = await house.enter(session=session)
     peer.send(request)
-    try:
-        async with asyncio.timeout(5):
-            return await peer.receive()
-    except TimeoutError:
-        pytest.fail("the call was never answered")
+    await served.wait()
+    peer.send(call(1_000_000, b"ping"))
+    header, blobs = await peer.receive()
+    assert header["id"] != 1_000_000, "the call before was never answered"
+    return header, blobs
 
 
 async def test_a_failed_call_is_answered_with_its_type_and_message(house: House) -> None:
@@ -666,14 +662,15 @@ async def test_sending_without_a_connection_says_why_there_is_none(house: House)
 async def test_a_handler_that_ends_takes_its_sessions_along() -> None:
     async with LMHandler(None, Ledger(Limits()), EventBus()) as handler:
         house = House(handler)
-        session, peer = await house.enter()
+        address = handler.address
+        _, peer = await house.enter()
         peer.send(call(1, HOLD))
         await house.until_asked(1)
     await peer.ended()
     await peer.leave()
     assert house.cancelled == ["hold"]
     with pytest.raises(ConnectionError):
-        await asyncio.open_connection(*handler.address)
+        await asyncio.open_connection(*address)
 
 
 # --- listening ---------------------------------------------------------------------------------
@@ -695,8 +692,8 @@ async def test_three_hundred_simultaneous_connections_are_all_served(
 ) -> None:
     sessions = [house.open() for _ in range(300)]
     peers = await asyncio.gather(*(house.connect() for _ in sessions))
-    for number, (session, peer) in enumerate(zip(sessions, peers, strict=True)):
-        peer.send(hello(session.token) + call(number, HOLD, b"from %d" % number))
+    for number, peer in enumerate(peers):
+        peer.send(hello(sessions[number].token) + call(number, HOLD, b"from %d" % number))
     await house.until_asked(600)
     house.gate.set()
     replies = await asyncio.gather(*(peer.receive() for peer in peers))
@@ -706,4 +703,4 @@ async def test_three_hundred_simultaneous_connections_are_all_served(
 
 
 def test_warnings_of_the_handler_go_to_its_own_logger() -> None:
-    assert session.log is logging.getLogger("rlm.handler")
+    assert session_module.log is logging.getLogger("rlm.handler")
