@@ -1,0 +1,112 @@
+"""The worker on its own: shipped as source to a bare interpreter, spoken to over a socket."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlm import wire
+
+SOURCES = Path(wire.__file__).parent
+BOOT = """
+import sys, types
+rlm = types.ModuleType("rlm"); rlm.__path__ = [sys.argv[1]]; sys.modules["rlm"] = rlm
+from rlm import worker
+worker.serve(int(sys.argv[2]), int(sys.argv[2]), "the token", {"output_limit": 1000})
+"""
+
+
+@functools.cache
+def interpreters() -> list[str]:
+    """This Python, and every other version a worker must run on that is installed here."""
+    found = [sys.executable]
+    for minor in range(8, 15):
+        path = shutil.which(f"python3.{minor}")
+        works = path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+        if path and works and minor != sys.version_info[1]:
+            found.append(path)
+    return found
+
+
+class Worker:
+    """A worker process, and our end of its connection."""
+
+    def __init__(self, python: str) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(20)
+        with theirs:
+            command = [python, "-I", "-S", "-c", BOOT, str(SOURCES), str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        self._decoder = wire.Decoder(wire.parse_dict)
+        self.hello, _ = self.receive()
+
+    def receive(self) -> tuple[dict[str, Any], list[bytes]]:
+        while (frame := self._decoder.next_frame()) is None:
+            data = self.socket.recv(65536)
+            assert data, "the worker closed the connection"
+            self._decoder.feed(data)
+        return frame
+
+    def execute(self, number: int, code: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+        self.socket.sendall(wire.encode({"t": "execute", "id": number}, [code.encode()]))
+        while True:
+            message, blobs = self.receive()
+            if message["t"] == "result":
+                return message, dict(zip(message["parts"], blobs, strict=True))
+
+
+@pytest.fixture(params=interpreters())
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    worker = Worker(request.param)
+    yield worker
+    worker.socket.close()
+    assert worker.process.wait(20) == 0
+
+
+def test_the_first_frame_is_a_hello_with_the_token(worker: Worker) -> None:
+    assert (worker.hello["t"], worker.hello["token"]) == ("hello", "the token")
+    assert worker.hello["v"] == wire.PROTOCOL_VERSION
+
+
+def test_cells_share_a_namespace_and_their_output_is_captured(worker: Worker) -> None:
+    assert worker.execute(1, "x = 20\nprint('printed')")[1] == {"stdout": b"printed\n"}
+    assert worker.execute(2, "x + 1")[1] == {"echo": b"21", "value": b"21"}
+
+
+def test_output_over_the_limit_keeps_head_and_tail_and_counts_the_gap(worker: Worker) -> None:
+    _, parts = worker.execute(1, "print('a' * 5000 + 'z' * 5000, end='')")
+    assert parts["stdout"] == b"a" * 500 + b"\n... [9000 bytes of output left out] ...\n" + b"z" * 500
+
+
+def test_a_cell_that_exits_is_rolled_back(worker: Worker) -> None:
+    worker.execute(1, "x = [1]")
+    message, _ = worker.execute(2, "x.append(2)\nimport os\nos._exit(7)")
+    assert message["crash"] == {"cause": "exit", "code": 7, "state": "restored", "lost": []}
+    assert worker.execute(3, "x")[1]["value"] == b"[1]"
+
+
+def test_crashes_in_a_row_are_each_rolled_back(worker: Worker) -> None:
+    worker.execute(1, "x = 1")
+    for number in range(2, 12):
+        message, _ = worker.execute(number, "import os\nos._exit(3)")
+        assert (message["crash"]["cause"], message["crash"]["state"]) == ("exit", "restored")
+    assert worker.execute(20, "x")[1]["value"] == b"1"
+
+
+def test_a_host_that_speaks_garbage_ends_the_session(worker: Worker) -> None:
+    worker.socket.sendall(b"\xff" * 100)
+    assert worker.socket.recv(1) == b""
+
+
+def test_the_session_ends_with_the_connection_even_in_a_busy_loop(worker: Worker) -> None:
+    worker.socket.sendall(wire.encode({"t": "execute", "id": 1}, [b"while True: pass"]))
+    worker.socket.shutdown(socket.SHUT_RDWR)
+    assert worker.process.wait(20) == 0
