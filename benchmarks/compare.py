@@ -71,17 +71,13 @@ def faster_than(side: str, times: float, probe: str, value: str) -> Target:
 
 
 FIGURES = (
-    Figure(
-        "cell", "gap_ms", "trivial cell, ms", faster_than("recursive_llm", 3.5, "cell", "gap_ms")
-    ),
+    Figure("cell", "gap_ms", "trivial cell, ms", faster_than("recursive_llm", 3.5, "cell", "gap_ms")),
     Figure("cell", "paced_ms", "… with a model of 20 ms, ms", own(1.0, "cell", "gap_ms")),
     Figure("cell", "gap_big_context_ms", "… large context, ms", own(1.5, "cell", "gap_ms")),
     Figure("cell", "gap_many_vars_ms", "… 1,000 variables, ms", own(1.2, "cell", "gap_ms")),
     Figure("cell", "gap_first10_ms", "… iterations 1-10, ms"),
     Figure("cell", "gap_last10_ms", "… last 10 of 1,000, ms", own(1.2, "cell", "gap_first10_ms")),
-    Figure(
-        "run", "run_ms", "run of 10 turns, ms", faster_than("recursive_llm", 9, "run", "run_ms")
-    ),
+    Figure("run", "run_ms", "run of 10 turns, ms", faster_than("recursive_llm", 9, "run", "run_ms")),
     Figure("run", "finish_ms", "… after the last reply, ms", Target(5)),
     Figure("run", "start_ms", "… until the model's first call, ms"),
     Figure("run", "cold_run_ms", "… the first of a process, ms"),
@@ -187,9 +183,7 @@ def take(side: str, probe: str, options: Sequence[str]) -> dict[str, Any]:
     return line
 
 
-def run(
-    probes: Sequence[str], peers: Sequence[str], rounds: int, options: Sequence[str]
-) -> Results:
+def run(probes: Sequence[str], peers: Sequence[str], rounds: int, options: Sequence[str]) -> Results:
     results = Results()
     for turn in range(1, rounds + 1):
         for probe in probes:
@@ -310,9 +304,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:place]), list(argv[place + 1 :])
 
 
-def chosen(
-    parser: argparse.ArgumentParser, names: Sequence[str], known: Sequence[str]
-) -> list[str]:
+def chosen(parser: argparse.ArgumentParser, names: Sequence[str], known: Sequence[str]) -> list[str]:
     """The named ones, all if none is named; ends the program for one that does not exist."""
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -45,12 +45,11 @@ class Config(BaseModel):
         description="0: no sandbox, one plain call. 1: cells may call models. 2: and child runs; and so on.",
     )
     max_timeout: float | None = Field(
-        None, gt=0, strict=False, description="Seconds of wall time for the run and its children."
+        None, gt=0, description="Seconds of wall time for the run and its children."
     )
     cell_timeout: float | None = Field(
         _DEFAULTS.cell_timeout,
         gt=0,
-        strict=False,
         description="Seconds one cell may compute; waiting for models does not count.",
     )
     max_calls: int | None = Field(None, ge=1, description="Model calls of the run and its children.")
@@ -94,6 +93,9 @@ class Config(BaseModel):
         values = _read(path)
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds no table of settings")
+        for key in values:
+            if not isinstance(key, str):
+                raise ConfigError(f"{path}: the key {key!r} is no name of a setting")
         return cls.create(**{**values, **overrides})
 
     def limits(self) -> Limits:

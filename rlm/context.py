@@ -31,12 +31,14 @@ def resolve(context: Any) -> Any:
 def _read_all(paths: Iterable[Path]) -> dict[str, str | bytes]:
     """Several paths as one dict; what a directory holds goes under its name."""
     found: dict[str, str | bytes] = {}
+    paths = list(paths)
+    names = [path.name for path in paths]
     for path in paths:
+        label = path.name if names.count(path.name) == 1 else str(path)
         if path.is_dir():
-            found.update({f"{path.name}/{name}": text for name, text in _read_tree(path).items()})
+            found.update({f"{label}/{name}": text for name, text in _read_tree(path).items()})
         else:
-            name = path.name if path.name not in found else str(path)
-            found[name] = _read_file(path)
+            found[label] = _read_file(path)
     return found
 
 

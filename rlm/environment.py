@@ -179,6 +179,7 @@ class WorkerEnv(BaseEnv):
         self._loads = 0
         self._contexts: list[tuple[list[str], Any]] = []
         self._lost: list[str] = []
+        self._contexts_are_gone = False
 
     # -- what a launcher says
 
@@ -217,12 +218,14 @@ class WorkerEnv(BaseEnv):
         index = len(self._contexts)
         names = [f"context_{index}"] + (["context"] if index == 0 else [])
         async with self._turn:
+            await self._restore_contexts()
             await self._load(names, value)
         self._contexts.append((names, value))
         return index
 
     async def execute(self, code: str, *, timeout: float | None = None) -> REPLResult:
         async with self._turn:
+            await self._restore_contexts()
             start = time.perf_counter()
             self._cells += 1
             number = self._cells
@@ -238,10 +241,7 @@ class WorkerEnv(BaseEnv):
                 self._deadline.cancel()
                 self._pending.pop(number, None)
             assert isinstance(message, protocol.Result)
-            result = self._result(message, blobs, time.perf_counter() - start, timeout)
-            if message.crash is not None and message.crash.state == "lost":
-                await self._reload()
-            return result
+            return self._result(message, blobs, time.perf_counter() - start, timeout)
 
     async def close(self) -> None:
         if self.session is not None and self._host is not None:
@@ -271,11 +271,19 @@ class WorkerEnv(BaseEnv):
             if message.id in self._pending and self._host is not None:
                 self._host.on_output(message.stream, _decode(blobs[0]) if blobs else "")
         elif isinstance(message, protocol.CrashNotice):
+            self._note_crash(message.crash)
             self._lost += _losses(message.crash) or ["what ran in the background"]
         elif isinstance(message, protocol.Result | protocol.Loaded):
+            if isinstance(message, protocol.Result) and message.crash is not None:
+                self._note_crash(message.crash)
             future = self._pending.get(message.id)
             if future is not None and not future.done():
                 future.set_result((message, blobs))
+
+    def _note_crash(self, crash: protocol.Crash) -> None:
+        assert self.session is not None
+        self.session.cancel_calls()
+        self._contexts_are_gone = self._contexts_are_gone or crash.state == "lost"
 
     def _connection_lost(self, lost: asyncio.Future[str]) -> None:
         for future in self._pending.values():
@@ -321,9 +329,12 @@ class WorkerEnv(BaseEnv):
         if isinstance(message, protocol.Loaded) and message.error:
             raise ConfigError(f"the context cannot be loaded in the sandbox: {message.error}")
 
-    async def _reload(self) -> None:
-        for names, value in self._contexts:
-            await self._load(names, value)
+    async def _restore_contexts(self) -> None:
+        """After the loss of a namespace: the contexts, at least, are the host's to give again."""
+        if self._contexts_are_gone:
+            self._contexts_are_gone = False
+            for names, value in self._contexts:
+                await self._load(names, value)
 
     # -- results
 

@@ -8,6 +8,7 @@ what a client sends over the network.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -189,10 +190,20 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read JSON lines that `save` or a `JSONLWriter` wrote."""
+        """Read JSON lines that `save` or a `JSONLWriter` wrote.
+
+        A line that was cut short (the disk was full, the host was killed) is left out, with a
+        log entry.
+        """
         decoder = msgspec.json.Decoder(AnyEvent)
+        trace = cls()
         with open(path, "rb") as file:
-            return cls(decoder.decode(line) for line in file if line.strip())
+            for number, line in enumerate(file, 1):
+                try:
+                    trace.events.append(decoder.decode(line))
+                except msgspec.DecodeError as error:
+                    log.warning("%s, line %d is left out: %s", path, number, error)
+        return trace
 
 
 class JSONLWriter:
@@ -205,17 +216,26 @@ class JSONLWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file: Any = open(  # noqa: SIM115 - closed by close()
-            self.path, "ab", buffering=0, opener=_private
+            self.path, "a+b", buffering=0, opener=_private
         )
+        if self._ends_in_a_torn_line():
+            self._file.write(b"\n")
 
     def __call__(self, event: AnyEvent) -> None:
         if self._file is None:
             return
         try:
-            self._file.write(_encoder.encode(event) + b"\n")
+            self._file.write(_encode(event) + b"\n")
         except OSError as error:
             log.warning("the trace %s ends here: %s", self.path, error)
             self.close()
+
+    def _ends_in_a_torn_line(self) -> bool:
+        size = self._file.seek(0, os.SEEK_END)
+        if size == 0:
+            return False
+        self._file.seek(size - 1)
+        return bool(self._file.read(1) != b"\n")
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
@@ -230,9 +250,25 @@ class JSONLWriter:
         self.close()
 
 
-def _private(path: str, flags: int) -> int:
-    import os
+def _encode(event: AnyEvent) -> bytes:
+    """One event as JSON; text that UTF-8 has no form for is written with replacement characters."""
+    try:
+        return _encoder.encode(event)
+    except UnicodeEncodeError:
+        return _encoder.encode(_replace_surrogates(msgspec.to_builtins(event)))
 
+
+def _replace_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_replace_surrogates(key): _replace_surrogates(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replace_surrogates(item) for item in value]
+    return value
+
+
+def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
@@ -256,4 +292,5 @@ class EventBus:
                 subscriber(event)
             except Exception:  # a boundary: somebody else's code must not end a paid run
                 log.exception("an event subscriber failed and is dropped: %r", subscriber)
-                self._subscribers.remove(subscriber)
+                if subscriber in self._subscribers:  # it may have failed once more meanwhile
+                    self._subscribers.remove(subscriber)

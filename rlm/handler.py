@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from .client import BaseLM, Message, Reply, Request
+from .client import BaseLM, Message, Reply, Request, Usage
 from .errors import ModelError, RLMError
 from .events import EventBus, ModelFailed, ModelReplied, ModelRequested
 from .ledger import Ledger
@@ -124,7 +124,7 @@ class LMHandler:
             self._emit_request(number, caller, name, messages, prefix)
             start = time.perf_counter()
             try:
-                reply = await client.complete(Request(tuple(messages)))
+                reply = _checked(await client.complete(Request(tuple(messages))))
             except BaseException as error:
                 self.ledger.fail(name)
                 self._emit_failure(number, caller, name, error, time.perf_counter() - start)
@@ -196,3 +196,10 @@ class LMHandler:
                 kind=caller.kind, model=model, error=f"{type(error).__name__}: {error}", seconds=seconds,
             )
         )  # fmt: skip
+
+
+def _checked(reply: object) -> Reply:
+    """A client is somebody else's code: what it returns is looked at before it is believed."""
+    if not isinstance(reply, Reply) or not isinstance(reply.text, str) or not isinstance(reply.usage, Usage):
+        raise ModelError(f"the client returned {type(reply).__name__} in place of a complete Reply")
+    return reply

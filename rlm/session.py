@@ -108,8 +108,13 @@ class Session:
         self.fail(reason)
         if not self.lost.done():
             self.lost.set_result(reason)
+        self.cancel_calls()
+
+    def cancel_calls(self) -> None:
+        """Cancel what is in flight: the process that waited for it is gone."""
         for task in self._tasks:
             task.cancel()
+        self._call_ids.clear()
 
     @property
     def is_connected(self) -> bool:

@@ -60,6 +60,9 @@ _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 PLAIN_LIMIT = 1 << 20
 """Bytes of JSON up to which the value of a last expression travels as data."""
 
+FINAL_LIMIT = wire.BLOB_LIMIT // 8
+"""Characters of a final answer: with escapes and beside other parts, it still fits into a frame."""
+
 ECHO_LIMIT = 20_000
 """Characters of the repr of a last expression."""
 
@@ -195,6 +198,7 @@ class Supervisor:
         self._slot = StandbySlot()
         self._standby_socket: socket.socket | None = None
         self._crash: dict[str, Any] | None = None
+        self._crashed_cell: int | None = None
         self._last_batch = 0.0
         self._greeted = False
         self._restarts = 0
@@ -383,10 +387,10 @@ class Supervisor:
         if self._crash is not None:
             crash, self._crash = self._crash, None
             crash["lost"] = message.get("lost", [])
-            if self._cell is None:
+            if self._crashed_cell is None:
                 self._host.send(wire.encode({"t": "crash", "crash": crash}))
             else:
-                self._finish_cell({"t": "result", "id": self._cell, "crash": crash}, [])
+                self._finish_cell({"t": "result", "id": self._crashed_cell, "crash": crash}, [])
 
     # -- output
 
@@ -429,7 +433,8 @@ class Supervisor:
     def _finish_cell(self, message: dict[str, Any], blobs: list[bytes]) -> None:
         """Complete a result with what the cell printed, and send it."""
         self._drain()
-        self._cell = None
+        if self._cell == message["id"]:  # after a crash the next cell may be waiting already
+            self._cell = None
         self._last_batch = time.monotonic()
         message["parts"] = list(message.get("parts", ()))
         for name, captured in self._captured.items():
@@ -465,6 +470,8 @@ class Supervisor:
         if self._crash is not None:  # the standby died while it took over
             self._slot.pid = 0
             cause = self._crash
+        else:
+            self._crashed_cell, self._cell = self._cell, None
         self._crash = cause
         self._restarts += 1
         standby = self._slot.pid if self._slot.pid != self._executor else 0
@@ -628,6 +635,8 @@ class Calls:
         self._descriptor = -1
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
+        self._peek = select.poll()  # of its own: a poll object serves one thread at a time
+        self._peek.register(channel.fileno(), select.POLLIN)
         self._send_lock = threading.Lock()
         self._waiting: dict[int, _Waiter] = {}
         self._commands: collections.deque[tuple[dict[str, Any], list[bytes]]] = collections.deque()
@@ -673,7 +682,7 @@ class Calls:
 
     def pending(self) -> bool:
         """Whether something to read has arrived."""
-        return bool(self._commands or self._poll.poll(0))
+        return bool(self._commands or self._peek.poll(0))
 
     def command(self) -> tuple[dict[str, Any], list[bytes], int]:
         """Between cells: the supervisor's next command, and a descriptor or -1."""
@@ -761,7 +770,7 @@ class Calls:
     def _pass_on_duty(self, done: _Waiter) -> None:
         with self._duty:
             self._reading = False
-            for waiter in self._waiting.values():
+            for waiter in list(self._waiting.values()):
                 if waiter is not done and waiter.reply is None:
                     _wake(waiter)
                     return
@@ -917,10 +926,15 @@ def _request(
 ) -> tuple[dict[str, Any], list[bytes]]:
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model must be the name of a model, not {type(model).__name__}")
+    if model is not None and not model.isprintable():
+        raise ValueError(f"no model is called {model!r}")
     header: dict[str, Any] = {"fn": function, "model": model}
     if contexts is not None:
         header["contexts"] = True
-    return header, [_prompt(text) for text in (*prompts, *(contexts or ()))]
+    blobs = [_prompt(text) for text in (*prompts, *(contexts or ()))]
+    if sum(map(len, blobs)) > wire.BLOB_LIMIT:
+        raise ValueError(f"one call takes {wire.BLOB_LIMIT >> 20} MiB of text: ask about smaller parts")
+    return header, blobs
 
 
 def _prompt(text: Any) -> bytes:
@@ -1134,6 +1148,12 @@ class Executor:
             except Exception as error:
                 header["error"] = ["ValueError", f"str() of the final answer failed: {type(error).__name__}"]
                 return
+            if len(text) > FINAL_LIMIT:
+                header["error"] = [
+                    "ValueError",
+                    f"the final answer is longer than {FINAL_LIMIT:,} characters",
+                ]
+                return
             parts["final"] = _text(text)
             if not isinstance(value, str):
                 _add_plain("final_value", value, parts)
@@ -1151,16 +1171,17 @@ _COMPILE_FLAGS = getattr(ast, "PyCF_ALLOW_TOP_LEVEL_AWAIT", 0x2000)
 def _add_plain(name: str, value: Any, parts: dict[str, bytes]) -> None:
     """Add ``value`` as JSON when that loses nothing: dicts with str keys, lists, and scalars."""
     try:
-        data = json.dumps(value, allow_nan=False)
-        if len(data) <= PLAIN_LIMIT and json.loads(data) == value and _is_plain(value):
-            parts[name] = data.encode("ascii")
+        if _is_plain(value):
+            data = json.dumps(value, allow_nan=False)
+            if len(data) <= PLAIN_LIMIT:
+                parts[name] = data.encode("ascii")
     except (TypeError, ValueError, RecursionError):
         pass  # not plain data; the text form says what it is
 
 
 def _is_plain(value: Any) -> bool:
     if type(value) is dict:
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+        return all(type(key) is str and _is_plain(key) and _is_plain(item) for key, item in value.items())
     if type(value) is list:
         return all(map(_is_plain, value))
     if type(value) is str:
@@ -1184,7 +1205,9 @@ def _hide_machinery(lines: traceback.TracebackException, seen: set[int]) -> None
     if id(lines) in seen:
         return
     seen.add(id(lines))
-    lines.stack[:] = [frame for frame in lines.stack if frame.filename != __file__]
+    frames = [frame for frame in lines.stack if frame.filename != __file__]
+    cells = (index for index, frame in enumerate(frames) if frame.filename.startswith("<cell "))
+    lines.stack[:] = frames[next(cells, 0) :]  # before the cell's own: the event loop of a top-level await
     for linked in (lines.__cause__, lines.__context__, *(getattr(lines, "exceptions", None) or ())):
         if linked is not None:
             _hide_machinery(linked, seen)

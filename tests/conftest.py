@@ -225,6 +225,24 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+def is_session(pid: int) -> bool:
+    """Whether a process runs, or begins or ceases to run, a session: the fork server forked it."""
+    command, parent = _command(pid), _command(parents().get(pid, 0))
+    return not command or (b"zygote.py" in command and b"zygote.py" in parent and not parent.startswith(_BWRAP))
+
+
+_BWRAP = b"bwrap "
+
+
+def _command(pid: int) -> bytes:
+    """Name and arguments of a process; nothing once it is ending."""
+    with contextlib.suppress(OSError):
+        entry = Path(f"/proc/{pid}")
+        arguments = (entry / "cmdline").read_bytes()
+        return (entry / "comm").read_bytes().strip() + b" " + arguments if arguments else b""
+    return b""
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     """Whether ``condition`` comes true within a generous bound."""
     deadline = time.monotonic() + seconds

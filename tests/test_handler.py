@@ -82,11 +82,11 @@ async def test_usage_is_booked_on_the_model_that_answered() -> None:
 
 
 async def test_the_request_is_recorded_before_the_call_is_made() -> None:
-    seen: list[list[str]] = []
-    client = ScriptedLM(lambda messages: seen.append([type(e).__name__ for e in events(handler)]) or "ok")
-    handler = handler_for(client)
-    await handler.complete(HELLO, ROOT)
-    assert seen == [["ModelRequested"]]
+    def answer(messages: Sequence[Message]) -> str:
+        return ", ".join(type(event).__name__ for event in events(handler))
+
+    handler = handler_for(ScriptedLM(answer))
+    assert (await handler.complete(HELLO, ROOT)).text == "ModelRequested"
 
 
 async def test_of_a_growing_history_only_what_is_new_is_recorded() -> None:

@@ -141,7 +141,8 @@ def test_a_missing_field_is_refused(header: dict[str, Any], message: Any) -> Non
 @each_message
 def test_a_field_of_another_type_is_refused(header: dict[str, Any], message: Any) -> None:
     for name in header:
-        for value in ({"x": 1}, [[]], 1.5, False):
+        others: list[Any] = [{"x": 1}, [[]], 1.5, False]
+        for value in others:
             if not (isinstance(value, bool) and isinstance(header[name], bool)):
                 refuse(changed(header, **{name: value}))
 

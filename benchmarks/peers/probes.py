@@ -227,10 +227,7 @@ def threaded(peer: Peer, options: Options) -> Values:
 
 def batched(peer: Peer, options: Options) -> Values:
     warm_up(peer)
-    code = (
-        f"prompts = ['p' + str(i) for i in range({options.prompts})]\n"
-        f"out = {peer.batch_name}(prompts)"
-    )
+    code = f"prompts = ['p' + str(i) for i in range({options.prompts})]\nout = {peer.batch_name}(prompts)"
     model = sub_calls(peer, code, options.prompts, SUB_LATENCY_S)
     return {"seconds": last_cell_s(model), "peak_in_flight": model.sub.peak()}
 

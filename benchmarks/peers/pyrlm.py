@@ -54,9 +54,7 @@ class Pyrlm(Peer):
         rlm = pyrlm.RLM(
             adapter=Adapter(model.ask_root),
             subcall_adapter=Adapter(model.ask_sub),
-            policy=pyrlm.Policy(
-                max_steps=NO_LIMIT, max_subcalls=NO_LIMIT, max_total_tokens=NO_LIMIT
-            ),
+            policy=pyrlm.Policy(max_steps=NO_LIMIT, max_subcalls=NO_LIMIT, max_total_tokens=NO_LIMIT),
             # Its cache on disk is left on, as by default, but no run may profit from another.
             cache_dir=Path(f"cache-{next(self._numbers)}").absolute(),
         )
