@@ -95,7 +95,7 @@ class Config(BaseModel):
             raise ConfigError(f"{path} holds no table of settings")
         for key in values:
             if not isinstance(key, str):
-                raise ConfigError(f"{path}: the key {key!r} is no name of a setting")
+                raise ConfigError(f"{path}: there is no setting {key!r}: a setting is named by a word")
         return cls.create(**{**values, **overrides})
 
     def limits(self) -> Limits:

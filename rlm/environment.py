@@ -9,6 +9,7 @@ recovery and contexts are here, once.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -180,6 +181,8 @@ class WorkerEnv(BaseEnv):
         self._contexts: list[tuple[list[str], Any]] = []
         self._lost: list[str] = []
         self._contexts_are_gone = False
+        self._interrupted = 0
+        self._streams: dict[str, codecs.IncrementalDecoder] = {}
 
     # -- what a launcher says
 
@@ -228,6 +231,7 @@ class WorkerEnv(BaseEnv):
             await self._restore_contexts()
             start = time.perf_counter()
             self._cells += 1
+            self._streams.clear()
             number = self._cells
             self._deadline = Deadline(timeout, lambda: self._interrupt(number))
             reply = self._ask({"t": "execute", "id": number}, [code.encode("utf-8", "surrogatepass")])
@@ -269,7 +273,8 @@ class WorkerEnv(BaseEnv):
     def _receive(self, message: protocol.Message, blobs: list[bytes]) -> None:
         if isinstance(message, protocol.Output):
             if message.id in self._pending and self._host is not None:
-                self._host.on_output(message.stream, _decode(blobs[0]) if blobs else "")
+                decoder = self._streams.setdefault(message.stream, _utf8(errors="replace"))
+                self._host.on_output(message.stream, decoder.decode(b"".join(blobs)))
         elif isinstance(message, protocol.CrashNotice):
             self._note_crash(message.crash)
             self._lost += _losses(message.crash) or ["what ran in the background"]
@@ -301,6 +306,7 @@ class WorkerEnv(BaseEnv):
     def _interrupt(self, number: int) -> None:
         """The cell is out of time: ask, then kill, then give the sandbox up."""
         loop = asyncio.get_running_loop()
+        self._interrupted = number
         self._send_if_connected({"t": "interrupt", "id": number})
 
         def kill() -> None:
@@ -354,7 +360,9 @@ class WorkerEnv(BaseEnv):
             stderr=text.get("stderr", ""),
             echo=text.get("echo", ""),
             value=_plain(text.get("value")),
-            error=_error(message, text.get("traceback", ""), timeout),
+            error=_error(
+                message, text.get("traceback", ""), timeout if message.id == self._interrupted else None
+            ),
             final_answer=text.get("final"),
             final_value=_plain(text.get("final_value")),
             draft=text.get("draft", ""),
@@ -363,6 +371,9 @@ class WorkerEnv(BaseEnv):
             execution_time=seconds,
             isolation=self.isolation,
         )
+
+
+_utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 def _decode(data: bytes) -> str:
@@ -383,22 +394,23 @@ def _losses(crash: protocol.Crash) -> tuple[str, ...]:
     return tuple(name[:100] for name in crash.lost[:20])
 
 
-def _error(message: protocol.Result, traceback: str, timeout: float | None) -> CellError | None:
+def _error(message: protocol.Result, traceback: str, overrun: float | None) -> CellError | None:
+    """Why a cell failed; ``overrun`` is the time limit that it was interrupted for, if it was."""
     if message.crash is not None:
-        return _crash_error(message.crash, timeout)
+        return _crash_error(message.crash, overrun)
     if message.error is None:
         return None
     kind, text = message.error
-    if kind == "KeyboardInterrupt" and timeout is not None:
-        return CellError("timeout", "CellTimeout", _out_of_time(timeout), traceback)
+    if kind == "KeyboardInterrupt" and overrun is not None:
+        return CellError("timeout", "CellTimeout", _out_of_time(overrun), traceback)
     if kind == "SystemExit":
         text = "the cell called exit(); the session goes on, and so do its variables"
     return CellError("exception", kind, text, traceback)
 
 
-def _crash_error(crash: protocol.Crash, timeout: float | None) -> CellError:
-    if crash.cause == "killed" and timeout is not None:
-        return CellError("timeout", "CellTimeout", f"{_out_of_time(timeout)} and had to be killed")
+def _crash_error(crash: protocol.Crash, overrun: float | None) -> CellError:
+    if crash.cause == "killed" and overrun is not None:
+        return CellError("timeout", "CellTimeout", f"{_out_of_time(overrun)} and had to be killed")
     if crash.cause == "signal":
         hint = " (out of memory, perhaps)" if crash.code == 9 else ""
         text = f"the cell's process was killed by signal {crash.code}{hint}"

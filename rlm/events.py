@@ -193,14 +193,18 @@ class Trace:
         """Read JSON lines that `save` or a `JSONLWriter` wrote.
 
         A line that was cut short (the disk was full, the host was killed) is left out, with a
-        log entry.
+        log entry. One that is whole and no event raises msgspec.ValidationError.
         """
         decoder = msgspec.json.Decoder(AnyEvent)
         trace = cls()
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
                 try:
                     trace.events.append(decoder.decode(line))
+                except msgspec.ValidationError:
+                    raise
                 except msgspec.DecodeError as error:
                     log.warning("%s, line %d is left out: %s", path, number, error)
         return trace

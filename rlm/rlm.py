@@ -66,6 +66,7 @@ class RLM:
         self.config: Config = Config.create(**settings)
         self._on_event = on_event
         self._client: BaseLM | None = None
+        self._new_environment: Callable[[], BaseEnv] | None = None
 
     @classmethod
     def from_config(cls, path: str | Path, *, on_event: Subscriber | None = None, **overrides: Any) -> RLM:
@@ -149,14 +150,21 @@ class RLM:
         self, client: BaseLM, context: Any, question: str | None, events: EventBus
     ) -> RLMChatCompletion:
         config = self.config
+        if self._new_environment is None:
+            self._new_environment = _environment_factory(config.environment, config.environment_kwargs)
         ledger = Ledger(config.limits())
         handler = LMHandler(client, ledger, events, concurrency=config.max_concurrent_calls)
         async with handler:
             tree = Tree(
-                handler, ledger, events, _environment_factory(config.environment, config.environment_kwargs),
-                _name(config.environment), _name(config.backend), config.custom_system_prompt,
-                config.max_concurrent_subcalls,
-            )  # fmt: skip
+                handler=handler,
+                ledger=ledger,
+                events=events,
+                new_environment=self._new_environment,
+                environment_name=_name(config.environment),
+                backend_name=_name(config.backend),
+                system_prompt=config.custom_system_prompt,
+                width=config.max_concurrent_subcalls,
+            )
             run = Run(tree, context, question)
             outcome = await run.run()
         return RLMChatCompletion(

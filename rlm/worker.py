@@ -18,6 +18,7 @@ import ast
 import builtins
 import collections
 import ctypes
+import errno
 import fcntl
 import inspect
 import io
@@ -517,6 +518,13 @@ class Supervisor:
                         os.kill(pid, number)
                     except OSError:
                         pass
+            for pid in found:  # parents come first: what they leave behind is ours by then
+                try:
+                    os.waitpid(pid, 0)
+                except ChildProcessError:
+                    pass  # the child of one that is spared
+                if pid == self._slot.pid:
+                    self._slot.pid = 0
             self._bury(spare)
             if not found:
                 return
@@ -803,12 +811,10 @@ class Namespace:
         sys.modules["__main__"] = module
         self.names: dict[str, Any] = module.__dict__
         self.names["__builtins__"] = builtins
+        for function in (_help, _exit, _quit):  # what the site module gives an interactive session
+            setattr(builtins, function.__name__.strip("_"), function)
         self.names["answer"] = {"content": "", "ready": False}
-        functions = (
-            self.llm_query, self.llm_query_batched, self.rlm_query, self.rlm_query_batched,
-            self.FINAL, self.FINAL_VAR, self.SHOW_VARS, self.budget,
-        )  # fmt: skip
-        self.reserved: dict[str, Any] = {f.__name__: _plain_function(f) for f in functions}
+        self.reserved: dict[str, Any] = {name: _plain_function(getattr(self, name)) for name in FUNCTIONS}
         self.reserved["LLMError"] = LLMError
         self.restore()
 
@@ -893,20 +899,39 @@ class Namespace:
         if self.final:
             return True, self.final.pop()
         value = self.names.get("answer")
-        if isinstance(value, dict) and value.get("ready") and value.get("content") not in ("", None):
-            return True, value["content"]
-        return False, None
+        if not isinstance(value, dict) or not dict.get(value, "ready"):
+            return False, None
+        content = dict.get(value, "content")
+        return content is not None and not (type(content) is str and content == ""), content
 
     def draft(self) -> str:
         """What stands in ``answer`` so far: the partial answer, should a limit end the run."""
         value = self.names.get("answer")
-        content = value.get("content") if isinstance(value, dict) else None
-        return content if isinstance(content, str) else ""
+        content = dict.get(value, "content") if isinstance(value, dict) else None
+        return content if type(content) is str else ""
 
     def waits_for_content(self) -> bool:
         """Whether a cell declared its answer ready without one."""
         value = self.names.get("answer")
-        return isinstance(value, dict) and bool(value.get("ready")) and not value.get("content")
+        return isinstance(value, dict) and bool(dict.get(value, "ready"))
+
+
+def _help(*things: Any) -> None:
+    """Print the documentation of a thing."""
+    import pydoc
+
+    for thing in things:
+        sys.stdout.write(pydoc.plain(pydoc.render_doc(thing)) + "\n")
+
+
+def _exit(code: Any = None) -> None:
+    """End the cell."""
+    raise SystemExit(code)
+
+
+def _quit(code: Any = None) -> None:
+    """End the cell."""
+    raise SystemExit(code)
 
 
 def _plain_function(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -917,8 +942,23 @@ def _plain_function(method: Callable[..., Any]) -> Callable[..., Any]:
 
     function.__name__ = function.__qualname__ = method.__name__
     function.__doc__ = method.__doc__
-    function.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    function.__signature__ = _SIGNATURES[method.__name__]  # type: ignore[attr-defined]
     return function
+
+
+def _signature_in_a_cell(method: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(method)
+    return signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "self"])
+
+
+FUNCTIONS = (
+    "llm_query", "llm_query_batched", "rlm_query", "rlm_query_batched", "FINAL", "FINAL_VAR", "SHOW_VARS",
+    "budget",
+)  # fmt: skip
+"""What a cell can call, under the reserved names."""
+
+# computed once, before any fork: in an executor it would touch, and so copy, many pages
+_SIGNATURES = {name: _signature_in_a_cell(getattr(Namespace, name)) for name in FUNCTIONS}
 
 
 def _request(
@@ -962,8 +1002,14 @@ class Executor:
     """Runs cells in one namespace, and forks a standby after each."""
 
     def __init__(
-        self, channel: socket.socket, standby: socket.socket, slot: StandbySlot, rollback: bool
+        self,
+        channel: socket.socket,
+        standby: socket.socket,
+        slot: StandbySlot,
+        outputs: dict[int, int],
+        rollback: bool,
     ) -> None:
+        self._outputs = outputs
         self._calls = Calls(channel)
         self._standby_socket = standby
         self._slot = slot
@@ -1058,8 +1104,9 @@ class Executor:
                 self._namespace.reserved[name] = value
             self._namespace.restore()
         except Exception as error:  # whatever unpickling raises is the host's to report
-            hint = "it does not fit into the sandbox's memory limit" if isinstance(error, MemoryError) else ""
-            reply["error"] = _text(f"{type(error).__name__}: {hint or error}").decode()[:2000]
+            no_room = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
+            text = "it does not fit into the sandbox's memory limit" if no_room else str(error)
+            reply["error"] = _text(f"{type(error).__name__}: {text}").decode()[:2000]
         self._calls.send(reply)
 
     # -- cells
@@ -1107,65 +1154,92 @@ class Executor:
 
     def _evaluate(self, source: str, filename: str) -> Any:
         tree = compile(source, filename, "exec", _COMPILE_FLAGS | ast.PyCF_ONLY_AST, dont_inherit=True)
-        last: ast.expr | None = None
-        if tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";"):
-            last = tree.body.pop().value
-        if tree.body:
-            self._evaluate_code(compile(tree, filename, "exec", _COMPILE_FLAGS, dont_inherit=True))
-        if last is None:
-            return None
-        return self._evaluate_code(
-            compile(ast.Expression(last), filename, "eval", _COMPILE_FLAGS, dont_inherit=True)
-        )
+        codes = []
+        last = tree.body[-1] if tree.body else None
+        echoes = isinstance(last, ast.Expr) and not _ends_in_semicolon(source, last)
+        body = tree.body[:-1] if echoes else tree.body
+        if body:
+            module = ast.Module(body, tree.type_ignores)
+            codes.append(compile(module, filename, "exec", _COMPILE_FLAGS, dont_inherit=True))
+        if echoes:
+            assert isinstance(last, ast.Expr)
+            expression = ast.Expression(last.value)
+            codes.append(compile(expression, filename, "eval", _COMPILE_FLAGS, dont_inherit=True))
+        if any(code.co_flags & inspect.CO_COROUTINE for code in codes):
+            return self._evaluate_in_loop(codes, echoes)
+        value = None
+        for code in codes:
+            value = eval(code, self._namespace.names)
+        return value if echoes else None
 
-    def _evaluate_code(self, code: types.CodeType) -> Any:
-        value = eval(code, self._namespace.names)
-        if not code.co_flags & inspect.CO_COROUTINE:
-            return value
+    def _evaluate_in_loop(self, codes: list[types.CodeType], echoes: bool) -> Any:
+        """Run a cell that awaits: all of it in the session's event loop, as in a notebook."""
         if self._loop is None or self._loop.is_closed():
             import asyncio  # most sessions never await: its 30 ms are theirs who do
 
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
-        return self._loop.run_until_complete(value)
+
+        async def cell() -> Any:
+            value = None
+            for code in codes:
+                value = eval(code, self._namespace.names)
+                if code.co_flags & inspect.CO_COROUTINE:
+                    value = await value
+            return value if echoes else None
+
+        return self._loop.run_until_complete(cell())
 
     def _close_output(self) -> None:
-        """Flush what was printed, and undo a replaced sys.stdout."""
+        """Flush what was printed, and undo what the cell did to sys.stdout or its descriptor."""
         for stream in (sys.stdout, sys.stderr, self._stdout, self._stderr):
             try:
                 stream.flush()
             except Exception:
                 pass  # the cell closed or replaced it with something that cannot flush
+        sys.stdout, sys.stderr = self._stdout, self._stderr
+        for fd, pipe in self._outputs.items():
+            try:
+                os.dup2(pipe, fd)
+            except OSError:
+                pass  # the cell closed every descriptor it found, and prints no more
         if self._stdout.closed or self._stderr.closed:
             self._stdout, self._stderr = _open_output(1), _open_output(2)
-        sys.stdout, sys.stderr = self._stdout, self._stderr
+            sys.stdout, sys.stderr = self._stdout, self._stderr
 
     def _add_answer(self, header: dict[str, Any], parts: dict[str, bytes]) -> None:
-        found, value = self._namespace.answer()
-        if found:
-            try:
-                text = value if isinstance(value, str) else str(value)
-            except Exception as error:
-                header["error"] = ["ValueError", f"str() of the final answer failed: {type(error).__name__}"]
+        """Read the answer from the namespace: the model's objects, whose methods may do anything."""
+        try:
+            found, value = self._namespace.answer()
+            if found:
+                self._add_final(value, parts)
                 return
-            if len(text) > FINAL_LIMIT:
-                header["error"] = [
-                    "ValueError",
-                    f"the final answer is longer than {FINAL_LIMIT:,} characters",
-                ]
-                return
-            parts["final"] = _text(text)
-            if not isinstance(value, str):
-                _add_plain("final_value", value, parts)
-            return
-        draft = self._namespace.draft()
-        if draft:
-            parts["draft"] = _text(draft[:PLAIN_LIMIT])
-        elif self._namespace.waits_for_content():
-            header["note"] = "answer['ready'] is set, but answer['content'] is empty: set the content"
+            draft = self._namespace.draft()
+            if draft:
+                parts["draft"] = _text(draft[:PLAIN_LIMIT])
+            elif self._namespace.waits_for_content():
+                header["note"] = "answer['ready'] is set, but answer['content'] is empty: set the content"
+        except BaseException as error:
+            reason = str(error) if type(error) is ValueError else type(error).__name__
+            header["error"] = ["ValueError", f"the final answer cannot be read: {reason}"[:2000]]
+
+    def _add_final(self, value: Any, parts: dict[str, bytes]) -> None:
+        text = str(value)
+        if len(text) > FINAL_LIMIT:
+            raise ValueError(f"it is longer than {FINAL_LIMIT:,} characters")
+        parts["final"] = _text(text)
+        if not isinstance(value, str):
+            _add_plain("final_value", value, parts)
 
 
 _COMPILE_FLAGS = getattr(ast, "PyCF_ALLOW_TOP_LEVEL_AWAIT", 0x2000)
+
+
+def _ends_in_semicolon(source: str, last: ast.stmt) -> bool:
+    """Whether a semicolon after the last expression asks for no echo."""
+    assert last.end_lineno is not None and last.end_col_offset is not None
+    line = source.split("\n")[last.end_lineno - 1].encode("utf-8", "surrogatepass")
+    return line[last.end_col_offset :].lstrip().startswith(b";")
 
 
 def _add_plain(name: str, value: Any, parts: dict[str, bytes]) -> None:
@@ -1292,9 +1366,9 @@ def _run_executor(
     """In the forked child: give up rights, become the executor, never return."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for fd, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(outputs[name], fd)
-            os.close(outputs[name])
+        pipes = {1: outputs["stdout"], 2: outputs["stderr"]}
+        for fd, pipe in pipes.items():
+            os.dup2(pipe, fd)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
@@ -1305,7 +1379,7 @@ def _run_executor(
         enforced, missing = give_up(options)
         lockdown.die_with_parent()  # last: a change of user clears it
         rollback = options.get("rollback", True)
-        Executor(channel, standby, slot, rollback).main(enforced, missing)
+        Executor(channel, standby, slot, pipes, rollback).main(enforced, missing)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -94,7 +94,7 @@ def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
         paths[-1].write_text(folder)
     found = resolve(paths)
     assert sorted(found.values()) == ["one", "three", "two"]
-    assert found["notes.txt"] == "one"
+    assert set(found) == {str(path) for path in paths}
 
 
 def test_directories_of_one_name_are_both_kept(tmp_path: Path) -> None:

@@ -546,10 +546,11 @@ def test_a_context_may_come_between_cells(repl: Cells) -> None:
     assert repl.value("[x, context]") == [1, "later"]
 
 
-def test_a_context_may_be_larger_than_the_memory_of_a_cell(open_cells: Callable[..., Cells]) -> None:
+def test_a_context_that_does_not_fit_into_the_memory_limit_says_so(open_cells: Callable[..., Cells]) -> None:
     repl = open_cells(memory=256)
-    repl.repl.add_context("x" * 400_000_000)
-    assert repl.value("len(context)") == 400_000_000
+    with pytest.raises(ConfigError, match="memory limit"):
+        repl.repl.add_context("x" * 400_000_000)
+    assert repl.value("1 + 1") == 2
 
 
 def test_a_context_that_cannot_travel_is_a_config_error(repl: Cells) -> None:

@@ -80,7 +80,7 @@ class LocalREPL(WorkerEnv):
         with their_lane, socket.create_connection(handler.address) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request = {"name": session.id, "token": session.token, "options": self._options()}
-            server.spawn(request, [connection.fileno(), their_lane.fileno()])
+            await server.spawn(request, [connection.fileno(), their_lane.fileno()])
 
     async def stop(self) -> None:
         """Wait until the supervisor has killed and buried everything: its end of the lane closes."""

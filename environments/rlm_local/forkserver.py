@@ -116,6 +116,7 @@ class ForkServer:
         self.bubblewrap = bubblewrap
         self._process = process
         self._control = control
+        self._turn = asyncio.Lock()
 
     @classmethod
     async def start(cls, bwrap: str | None, scratch_bytes: int) -> ForkServer:
@@ -159,15 +160,30 @@ class ForkServer:
         """Whether it can still be asked."""
         return self._process.poll() is None
 
-    def spawn(self, request: dict[str, Any], descriptors: list[int]) -> None:
+    async def spawn(self, request: dict[str, Any], descriptors: list[int]) -> None:
         """Ask for a sandbox over these descriptors: its connection, and its lane.
 
         There is no answer: the worker's hello is one, and the connection closes otherwise.
         """
+        data = json.dumps(request).encode()
+        async with self._turn:
+            while True:
+                try:
+                    socket.send_fds(self._control, [data], descriptors)
+                    return
+                except BlockingIOError:  # hundreds of requests at once: as many as the socket holds
+                    await self._writable()
+                except OSError as error:
+                    raise SandboxUnavailable(f"the fork server cannot be asked: {error}") from error
+
+    async def _writable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_writer(self._control, ready.set)
         try:
-            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
-        except OSError as error:
-            raise SandboxUnavailable(f"the fork server cannot be asked: {error}") from error
+            await ready.wait()
+        finally:
+            loop.remove_writer(self._control)
 
     def close(self) -> None:
         """Tell it to end. Its sandboxes clean up after themselves first."""

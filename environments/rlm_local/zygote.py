@@ -54,7 +54,10 @@ def load(directory: str) -> types.ModuleType:
         sys.modules[loader.name] = module
         setattr(package, name, module)
         loader.exec_module(module)
-    return sys.modules["rlm.worker"]
+    worker = sys.modules["rlm.worker"]
+    for name in ("rlm", "rlm.wire", "rlm.lockdown", "rlm.worker"):
+        del sys.modules[name]  # a cell's `import rlm` is its own affair
+    return worker
 
 
 class Zygote:
@@ -63,7 +66,7 @@ class Zygote:
     def __init__(self, control: socket.socket, worker: types.ModuleType, scratch_root: str) -> None:
         self._control = control
         self._worker = worker
-        self._lockdown = sys.modules["rlm.lockdown"]
+        self._lockdown = worker.lockdown
         self._scratch_root = scratch_root
         self._sessions: set[int] = set()
         self._ahead = list(AHEAD)
@@ -102,13 +105,15 @@ class Zygote:
         data, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_LIMIT, 2)
         if not data:
             return False
+        request = json.loads(data)
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_session(json.loads(data), descriptors)
+                self._become_session(request, descriptors)
             self._sessions.add(pid)
-        except OSError:
-            pass  # no process to be had: the closed connection below tells the host
+        except OSError as error:
+            refusal = {"t": "failed", "token": request["token"]}
+            os.write(descriptors[0], self._worker.wire.encode(refusal, [str(error).encode()]))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
