@@ -32,11 +32,11 @@ def _read_all(paths: Iterable[Path]) -> dict[str, str | bytes]:
     """Several paths as one dict; what a directory holds goes under its name."""
     found: dict[str, str | bytes] = {}
     paths = list(paths)
-    names = [path.name for path in paths]
-    for path in paths:
-        label = path.name if names.count(path.name) == 1 else str(path)
+    names = [path.resolve().name for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        label = name if names.count(name) == 1 else str(path)
         if path.is_dir():
-            found.update({f"{label}/{name}": text for name, text in _read_tree(path).items()})
+            found.update({f"{label}/{inner}": text for inner, text in _read_tree(path).items()})
         else:
             found[label] = _read_file(path)
     return found

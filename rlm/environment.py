@@ -23,6 +23,7 @@ from . import protocol
 from .errors import ConfigError, SandboxError, SandboxLost
 from .handler import LMHandler
 from .session import ServeCalls, Session
+from .wire import FrameError
 
 START_TIMEOUT = 60.0
 """Seconds a worker gets to report."""
@@ -282,6 +283,8 @@ class WorkerEnv(BaseEnv):
             if isinstance(message, protocol.Result) and message.crash is not None:
                 self._note_crash(message.crash)
             future = self._pending.get(message.id)
+            if (message.id > 0) != isinstance(message, protocol.Result):
+                raise FrameError("an answer to something else")
             if future is not None and not future.done():
                 future.set_result((message, blobs))
 

@@ -183,7 +183,8 @@ class Trace:
         return [event.run for event in started if event.parent == run]
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON lines, readable by the owner only."""
+        """Write as JSON lines, readable by the owner only. A file of that name is replaced."""
+        Path(path).unlink(missing_ok=True)
         with JSONLWriter(path) as writer:
             for event in self.events:
                 writer(event)

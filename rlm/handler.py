@@ -65,6 +65,7 @@ class LMHandler:
         self._listen = (host, port)
         self._server: asyncio.Server | None = None
         self._sessions: dict[str, Session] = {}
+        self._strangers: set[Connection] = set()
 
     # -- life
 
@@ -72,7 +73,7 @@ class LMHandler:
         host, port = self._listen
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: Connection(self._find_session), host, port, backlog=BACKLOG
+            lambda: Connection(self._find_session, self._strangers), host, port, backlog=BACKLOG
         )
         return self
 
@@ -82,11 +83,14 @@ class LMHandler:
             self._server.close()
         for session in tuple(self._sessions.values()):
             self.close_session(session)
+        for connection in tuple(self._strangers):
+            connection.transport.abort()
 
     @property
     def address(self) -> tuple[str, int]:
         """Where the handler listens."""
-        assert self._server is not None, "the handler has not been started"
+        if self._server is None or not self._server.sockets:
+            raise RuntimeError("the handler does not listen: use it inside `async with`")
         host, port = self._server.sockets[0].getsockname()[:2]
         return host, port
 

@@ -143,7 +143,13 @@ class RLM:
         client = self._connect()
         if config.trace is None:
             return await self._run(client, context, root_prompt, EventBus(subscribers))
-        with JSONLWriter(config.trace) as writer:
+        try:
+            writer = JSONLWriter(config.trace)
+        except OSError as error:
+            raise ConfigError(
+                f"the trace {str(config.trace)!r} cannot be written: {error.strerror}"
+            ) from error
+        with writer:
             return await self._run(client, context, root_prompt, EventBus([*subscribers, writer]))
 
     async def _run(

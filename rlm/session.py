@@ -50,7 +50,7 @@ class Session:
         self._receive = receive
         self._connection: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._call_ids: set[int] = set()
+        self._calls: dict[int, asyncio.Task[None]] = {}
         loop = asyncio.get_running_loop()
         self._hello: asyncio.Future[protocol.Hello] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
@@ -114,7 +114,7 @@ class Session:
         """Cancel what is in flight: the process that waited for it is gone."""
         for task in self._tasks:
             task.cancel()
-        self._call_ids.clear()
+        self._calls.clear()
 
     @property
     def is_connected(self) -> bool:
@@ -133,19 +133,19 @@ class Session:
     # -- calls
 
     def _begin_call(self, call: protocol.Call, blobs: Blobs) -> None:
-        if call.id in self._call_ids:
+        if call.id in self._calls:
             raise wire.FrameError(f"call {call.id} is already in flight")
-        if len(self._call_ids) >= IN_FLIGHT_LIMIT:
+        if len(self._calls) >= IN_FLIGHT_LIMIT:
             raise wire.FrameError(f"more than {IN_FLIGHT_LIMIT} calls in flight")
         try:
             texts = [blob.decode("utf-8") for blob in blobs]
         except UnicodeDecodeError:
             raise wire.FrameError("a prompt is not UTF-8") from None
-        self._call_ids.add(call.id)
         self.in_flight += 1
         if self.in_flight == 1:
             self.on_waiting(True)
         task = asyncio.get_running_loop().create_task(self._answer(call, texts))
+        self._calls[call.id] = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -154,14 +154,28 @@ class Session:
             answers = await self._serve(call, texts)
             header, blobs = _reply(call, answers)
         except RLMError as error:
-            header, blobs = {"error": [type(error).__name__, str(error)]}, []
+            header, blobs = {"error": _clipped(error)}, []
+        except Exception as error:  # a boundary: whoever waits for an answer must get one
+            log.exception("a call of session %s failed", self.id)
+            header, blobs = {"error": ["RLMError", f"the host failed: {type(error).__name__}"]}, []
         finally:
-            self._call_ids.discard(call.id)
+            wanted = self._calls.get(call.id) is asyncio.current_task()
+            if wanted:  # else the process that asked is gone, and the number may be another call's
+                del self._calls[call.id]
             self.in_flight -= 1
             if self.in_flight == 0:
                 self.on_waiting(False)
-        if self._connection is not None:
-            self.send({"t": "reply", "id": call.id, **header}, blobs)
+        if self._connection is None or not wanted:
+            return
+        reply = {"t": "reply", "id": call.id}
+        try:
+            self.send({**reply, **header}, blobs)
+        except ValueError as error:  # too many failures for one header
+            self.send({**reply, "error": ["RLMError", f"the reply does not fit a frame: {error}"]})
+
+
+def _clipped(error: RLMError, limit: int = 4000) -> list[str]:
+    return [type(error).__name__, str(error)[:limit]]
 
 
 def _reply(call: protocol.Call, answers: Answers) -> tuple[dict[str, Any], Blobs]:
@@ -169,7 +183,7 @@ def _reply(call: protocol.Call, answers: Answers) -> tuple[dict[str, Any], Blobs
     blobs, failures = [], []
     for index, answer in enumerate(answers):
         if isinstance(answer, RLMError):
-            failures.append([index, type(answer).__name__, str(answer)])
+            failures.append([index, *_clipped(answer, max(100, 400_000 // len(answers)))])
             blobs.append(b"")
         else:
             blobs.append(answer.encode("utf-8", "replace"))
@@ -181,8 +195,10 @@ def _reply(call: protocol.Call, answers: Answers) -> tuple[dict[str, Any], Blobs
 class Connection(asyncio.Protocol):
     """One accepted TCP connection: anonymous until its first frame names a session."""
 
-    def __init__(self, find: Callable[[str], Session | None]) -> None:
+    def __init__(self, find: Callable[[str], Session | None], strangers: set[Connection]) -> None:
         self._find = find
+        self._strangers = strangers
+        """Where a connection is listed until it has proved its session."""
         self._session: Session | None = None
         self._reason = "the sandbox closed the connection"
         self._decoder = wire.Decoder(
@@ -198,6 +214,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self._strangers.add(self)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(HELLO_TIMEOUT, self.abort, "no hello in time")
 
@@ -218,7 +235,21 @@ class Connection(asyncio.Protocol):
             if self._decoder.mid_frame and self._session is not None and self._timer is None:
                 self._watch_stall()
 
+    def eof_received(self) -> None:
+        try:
+            self._decoder.close()
+        except wire.FrameError as error:
+            self.abort(str(error))
+
+    def pause_writing(self) -> None:
+        """The sandbox does not read its answers: ask for no more."""
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.transport.resume_reading()
+
     def connection_lost(self, error: Exception | None) -> None:
+        self._strangers.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         if self._session is not None:
@@ -233,6 +264,7 @@ class Connection(asyncio.Protocol):
     def abort(self, reason: str) -> None:
         """End this connection, and say why in the log."""
         who = f"session {self._session.id}" if self._session else "an unknown connection"
+        reason = "".join(c if c.isprintable() else " " for c in reason[:500])
         log.warning("closed %s: %s", who, reason)
         self._reason = f"protocol error: {reason}"
         self.transport.abort()
@@ -257,6 +289,7 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._session = session
+        self._strangers.discard(self)
         self._decoder.header_limit = wire.HEADER_LIMIT
         self._decoder.blob_limit = session.blob_limit
         session.attach(self, message)

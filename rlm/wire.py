@@ -155,8 +155,9 @@ class Decoder(Generic[Message]):
         self._start = _PREFIX + size
         if len(self._buffer) < self._start:
             return False
-        self._message, self._sizes = self._parse(bytes(self._buffer[_PREFIX : self._start]))
-        self._end = self._start + self._total(self._sizes)
+        message, sizes = self._parse(bytes(self._buffer[_PREFIX : self._start]))
+        self._end = self._start + self._total(sizes)
+        self._message, self._sizes = message, sizes
         return True
 
     def _total(self, sizes: Sequence[int]) -> int:
@@ -165,8 +166,8 @@ class Decoder(Generic[Message]):
             if type(size) is not int or size < 0:
                 raise FrameError("a blob size is not a natural number")
             total += size
-        if total > self.blob_limit:
-            raise FrameError("blobs of %d bytes are over %d" % (total, self.blob_limit))
+            if total > self.blob_limit:  # their sum may have more digits than can be printed
+                raise FrameError("the blobs are over %d bytes" % self.blob_limit)
         return total
 
     def _cut_blobs(self) -> List[bytes]:

@@ -200,6 +200,7 @@ class Supervisor:
         self._standby_socket: socket.socket | None = None
         self._crash: dict[str, Any] | None = None
         self._crashed_cell: int | None = None
+        self._loading: list[int] = []
         self._last_batch = 0.0
         self._greeted = False
         self._restarts = 0
@@ -328,10 +329,13 @@ class Supervisor:
             if self._cell == message["id"] and self._crash is None:
                 self._recover({"cause": "killed", "code": 0})
         elif kind == "load" and message.get("shared"):
+            self._loading.append(message["id"])
             self._forward_shared(wire.join(header, blobs))
         else:
             if kind == "execute":
                 self._cell = message["id"]
+            elif kind == "load":
+                self._loading.append(message["id"])
             self._to_executor.send(wire.join(header, blobs))
 
     def _forward_shared(self, frame: bytes) -> None:
@@ -360,20 +364,32 @@ class Supervisor:
         try:
             for (message, header), blobs in self._from_executor:
                 self._from_cell(message, header, blobs)
-        except wire.FrameError:
+        except (wire.FrameError, KeyError, TypeError, ValueError):
             self._recover({"cause": "garbage on the cell's channel", "code": 0})
 
     def _from_cell(self, message: dict[str, Any], header: bytes, blobs: list[bytes]) -> None:
-        kind = message.get("t")
+        kind = message["t"]
         if kind == "result":
-            self._finish_cell(message, blobs)
+            self._finish_cell(_checked_result(message, self._cell, blobs), blobs)
         elif kind == "crowded":
             self._kill_all(spare=(self._executor, self._slot.pid))
             self._to_executor.send(wire.encode({"t": "room"}))
         elif kind == "ready":
             self._executor_ready(message)
-        else:
+        elif kind == "loaded":
+            self._finish_load(message)
+        elif kind == "call":
+            _check_call(message)
             self._host.send(wire.join(header, blobs))
+        else:
+            raise wire.FrameError("an executor says nothing of this kind")
+
+    def _finish_load(self, message: dict[str, Any]) -> None:
+        self._loading.remove(message["id"])
+        reply = {"t": "loaded", "id": message["id"]}
+        if message.get("error") is not None:
+            reply["error"] = _clean(message["error"], 2000)
+        self._host.send(wire.encode(reply))
 
     def _executor_ready(self, message: dict[str, Any]) -> None:
         if not self._greeted:
@@ -381,13 +397,14 @@ class Supervisor:
             self._host.send(wire.encode({
                 "t": "hello", "v": wire.PROTOCOL_VERSION, "token": self._token,
                 "python": "%d.%d.%d" % sys.version_info[:3],
-                "enforced": message.get("enforced", []), "missing": message.get("missing", []),
+                "enforced": [_clean(name, 200) for name in message.get("enforced", [])],
+                "missing": [_clean(name, 200) for name in message.get("missing", [])],
             }))  # fmt: skip
             return
         self._restarts = 0
         if self._crash is not None:
             crash, self._crash = self._crash, None
-            crash["lost"] = message.get("lost", [])
+            crash["lost"] = [_clean(name, 200) for name in message.get("lost", [])[:20]]
             if self._crashed_cell is None:
                 self._host.send(wire.encode({"t": "crash", "crash": crash}))
             else:
@@ -492,6 +509,7 @@ class Supervisor:
         """Wake the standby, and give it the socket on which its own standby will wait."""
         assert self._standby_socket is not None and self._crash is not None
         channel = self._standby_socket
+        _discard_input(channel)  # the standby is silent until it is woken: this is a cell's garbage
         ours, theirs = socket.socketpair()
         # before it is woken: from then on the slot is its own to write, at once
         self._executor, self._slot.pid = standby, 0
@@ -542,6 +560,49 @@ class Supervisor:
                 self._slot.pid = 0
 
 
+# What an executor says was said by a cell, if the cell wanted: it is checked before it goes to the
+# host, so that a cell that forges messages is rolled back, and does not end its session.
+
+_PARTS = frozenset(("echo", "value", "traceback", "final", "final_value", "draft"))
+_CALL_SHAPE: dict[str, Any] = {
+    "t": str, "id": int, "fn": str, "model": (str, type(None)), "batch": bool, "contexts": bool,
+    "blobs": list,
+}  # fmt: skip
+
+
+def _clean(text: Any, limit: int) -> str:
+    """A text of a cell's, fit for a header. Raises TypeError for anything but a str."""
+    if type(text) is not str:
+        raise TypeError("not a text")
+    return _text(text[:limit]).decode()
+
+
+def _checked_result(message: dict[str, Any], cell: int | None, blobs: list[bytes]) -> dict[str, Any]:
+    """A result, rebuilt from what it may hold."""
+    if type(message["id"]) is not int or message["id"] != cell:
+        raise ValueError("the result of a cell that does not run")
+    parts = message.get("parts", [])
+    if len(parts) != len(blobs) or len(set(parts)) != len(parts) or not _PARTS.issuperset(parts):
+        raise ValueError("parts that do not add up")
+    checked: dict[str, Any] = {"t": "result", "id": cell, "parts": list(parts)}
+    if message.get("error") is not None:
+        kind, text = message["error"]
+        checked["error"] = [_clean(kind, 200), _clean(text, 10_000)]
+    if message.get("note") is not None:
+        checked["note"] = _clean(message["note"], 2000)
+    return checked
+
+
+def _check_call(message: dict[str, Any]) -> None:
+    for name, value in message.items():
+        if not isinstance(value, _CALL_SHAPE[name]):
+            raise TypeError(name)
+    if message["fn"] not in ("llm_query", "rlm_query", "budget") or type(message["id"]) is not int:
+        raise ValueError("no such call")
+    if message.get("model") is not None and not message["model"].isprintable():
+        raise ValueError("no such model")
+
+
 class StandbySlot:
     """Where an executor notes who its standby is, for a supervisor that it cannot tell any more.
 
@@ -565,6 +626,14 @@ def _cause_of_death(status: int) -> dict[str, Any]:
     if os.WIFSIGNALED(status):
         return {"cause": "signal", "code": os.WTERMSIG(status)}
     return {"cause": "exit", "code": os.WEXITSTATUS(status)}
+
+
+def _discard_input(channel: socket.socket) -> None:
+    try:
+        while channel.recv(READ_SIZE, socket.MSG_DONTWAIT):
+            pass
+    except OSError:
+        pass
 
 
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(4)
@@ -1088,6 +1157,9 @@ class Executor:
         self._pid, self._standby, self._dying = os.getpid(), 0, []
         self._stdout, self._stderr = _open_output(1), _open_output(2)  # their locks may be held
         sys.stdout, sys.stderr = self._stdout, self._stderr
+        if self._loop is not None and "concurrent.futures" in sys.modules:
+            pool = sys.modules["concurrent.futures"].ThreadPoolExecutor()
+            self._loop.set_default_executor(pool)  # the old one's threads did not come along
         names = [_text(f"thread {name}"[:100]).decode() for name in lost[:20]]
         self._calls.send({"t": "ready", "lost": names})
         self._fork_standby()
@@ -1188,7 +1260,16 @@ class Executor:
                     value = await value
             return value if echoes else None
 
-        return self._loop.run_until_complete(cell())
+        task = self._loop.create_task(cell())
+        try:
+            return self._loop.run_until_complete(task)
+        except KeyboardInterrupt:  # it struck in the loop's own code: let it strike in the cell
+            task.cancel()
+            try:
+                self._loop.run_until_complete(task)
+            except BaseException as error:
+                raise KeyboardInterrupt from error
+            raise
 
     def _close_output(self) -> None:
         """Flush what was printed, and undo what the cell did to sys.stdout or its descriptor."""
@@ -1332,6 +1413,7 @@ def _fork(wake: int) -> int:
     ctypes.pythonapi.PyOS_BeforeFork()
     pid = _libc.fork()
     if pid == 0:
+        _libc.setpgid(0, 0)  # a cell that signals its own group does not mean this one
         while _libc.poll(buffer, count, forever) < 0:
             pass  # a signal; there is nothing to do about it here
         return 0
@@ -1366,6 +1448,7 @@ def _run_executor(
     """In the forked child: give up rights, become the executor, never return."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setpgid(0, 0)
         pipes = {1: outputs["stdout"], 2: outputs["stderr"]}
         for fd, pipe in pipes.items():
             os.dup2(pipe, fd)

@@ -61,7 +61,8 @@ def why_no_bubblewrap() -> str | None:
     if bwrap is None:
         return "bwrap is not installed"
     user = [] if os.geteuid() == 0 else ["--unshare-user"]
-    command = [bwrap, *user, "--unshare-pid", "--unshare-net", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+    walls = ["--unshare-pid", "--unshare-net", "--ro-bind", "/", "/", "--proc", "/proc"]
+    command = [bwrap, *user, *walls, "true"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     return f"bwrap does not work here: {done.stderr.strip()}" if done.returncode else None
 
@@ -178,7 +179,9 @@ async def open_sandbox(wall: str) -> AsyncIterator[OpenSandbox]:
         handler = await stack.enter_async_context(LMHandler(None, Ledger(Limits()), EventBus()))
 
         async def new(
-            serve: Serve = echo, on_output: Callable[[str, str], None] = lambda stream, text: None, **settings: Any
+            serve: Serve = echo,
+            on_output: Callable[[str, str], None] = lambda stream, text: None,
+            **settings: Any,
         ) -> Sandbox:
             env = LocalREPL(**{"wall": wall, **settings})
             stack.push_async_callback(env.close)
@@ -228,7 +231,8 @@ def descendants(pid: int) -> set[int]:
 def is_session(pid: int) -> bool:
     """Whether a process runs, or begins or ceases to run, a session: the fork server forked it."""
     command, parent = _command(pid), _command(parents().get(pid, 0))
-    return not command or (b"zygote.py" in command and b"zygote.py" in parent and not parent.startswith(_BWRAP))
+    forked = b"zygote.py" in command and b"zygote.py" in parent and not parent.startswith(_BWRAP)
+    return forked or not command
 
 
 _BWRAP = b"bwrap "

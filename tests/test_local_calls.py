@@ -1,5 +1,7 @@
 """Facts about what a cell can call, and about how it submits an answer."""
 
+# ruff: noqa: E501 (a table of cells reads best with one to a line)
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,7 @@
 """Facts about cells: the Python in them, what is shown of them, and the contexts they find."""
 
+# ruff: noqa: E501 (a table of cells reads best with one to a line)
+
 from __future__ import annotations
 
 import datetime

@@ -1,5 +1,7 @@
 """Facts about what a cell cannot see, reach or become."""
 
+# ruff: noqa: E501 (a table of cells reads best with one to a line)
+
 from __future__ import annotations
 
 import contextlib
@@ -151,16 +153,14 @@ def test_a_secret_place_of_the_system_cannot_be_read(repl: Cells, path: str) -> 
     need(repl, "files")
     if not os.path.exists(path):
         pytest.skip(f"there is no {path} here")
-    code = f"import os\npath = {path!r}\n(os.listdir(path) if os.path.isdir(path) else open(path, 'rb').read(1)) or 'empty'"
-    error = repl.run(code).error
-    value = repl.run(code)
-    assert error is not None or value.echo in ("'empty'", "b''") or _is_scaffold(value.value, path)
+    result = repl.run(f"import os\npath = {path!r}\nos.listdir(path) if os.path.isdir(path) else open(path, 'rb').read(1)")
+    assert result.error is not None or result.echo in ("[]", "b''") or _is_scaffold(result.value, path)
 
 
 def _is_scaffold(names: Any, path: str) -> bool:
     """Whether a listing shows only the way to what is visible, and nothing of the host's own."""
     visible = {"ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime", "timezone", "mime.types", "ssl", "magic"}
-    return path == "/etc" and set(names) <= visible or path in ("/home",) and len(names) <= 1
+    return (path == "/etc" and set(names) <= visible) or (path == "/home" and len(names) <= 1)
 
 
 PLACES = ["/", "/tmp", "/var/tmp", "/dev/shm", "/usr", "/usr/local/lib", "/etc", "/opt", "/home", "/root", "/proc", "/sys", "/run",
@@ -546,15 +546,9 @@ def test_a_setting_that_makes_no_sense_is_a_config_error(settings: dict[str, Any
         pass
 
 
-def test_rlm_is_no_state_that_a_cell_can_import(repl: Cells) -> None:
-    code = """
-        import gc, importlib, sys
-        found = [name for name in ('rlm.worker', 'rlm.wire', 'rlm.lockdown', 'rlm') if name in sys.modules]
-        try:
-            found.append(importlib.import_module('rlm.worker').__name__)
-        except ImportError:
-            pass
-        found
-    """
-    assert [name for name in repl.value(code) if name != "rlm.worker"] == []
-    assert repl.value("'rlm.worker' in sys.modules and hasattr(sys.modules['rlm.worker'], 'supervisor')") is False
+def test_the_worker_is_no_module_that_a_cell_can_reach_by_name(repl: Cells) -> None:
+    """An rlm that is installed may be imported: it is a fresh one, and the cell's own affair."""
+    assert repl.value("import sys\n[name for name in sys.modules if name.partition('.')[0] == 'rlm']") == []
+    code = "import importlib\ntry: importlib.import_module('rlm.worker').planted = 1\nexcept ImportError: pass\nllm_query"
+    repl.ok(code)
+    assert repl.ok("print('on')").stdout == "on\n"
