@@ -61,6 +61,9 @@ _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 PLAIN_LIMIT = 1 << 20
 """Bytes of JSON up to which the value of a last expression travels as data."""
 
+HEADROOM = 8 << 20
+"""Bytes that must be free, under the memory limit, for a standby to be of use."""
+
 FINAL_LIMIT = wire.BLOB_LIMIT // 8
 """Characters of a final answer: with escapes and beside other parts, it still fits into a frame."""
 
@@ -1085,6 +1088,7 @@ class Executor:
         self._rollback = rollback
         self._standby = 0
         self._dying: list[int] = []
+        self._spare = os.dup(0)
         self._namespace = Namespace(self._calls)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._in_cell = False
@@ -1115,8 +1119,8 @@ class Executor:
 
     def _fork_standby(self) -> None:
         """Leave a sleeping copy of this process; it replaces the one before."""
-        if not self._rollback:
-            return
+        if not (self._rollback and _has_room()):
+            return  # a copy of a process without memory could not even wake up: the older one stays
         try:
             pid = _fork(self._standby_socket.fileno())
         except OSError:  # at the process limit; the older copy stays until there is room
@@ -1145,8 +1149,12 @@ class Executor:
 
     def _take_over(self) -> None:
         """In the copy, which is needed now: become the executor."""
+        try:
+            os.close(self._spare)  # the cell may have used up all other descriptors
+        except OSError:
+            pass
         data, descriptor = _receive_with_descriptor(self._standby_socket, READ_SIZE)
-        if not data:
+        if not data or descriptor < 0:
             os._exit(0)
         lost = [t.name for t in threading.enumerate() if t is not threading.current_thread()]
         ctypes.pythonapi.PyOS_AfterFork_Child()
@@ -1157,6 +1165,7 @@ class Executor:
         self._pid, self._standby, self._dying = os.getpid(), 0, []
         self._stdout, self._stderr = _open_output(1), _open_output(2)  # their locks may be held
         sys.stdout, sys.stderr = self._stdout, self._stderr
+        self._spare = os.dup(0)
         if self._loop is not None and "concurrent.futures" in sys.modules:
             pool = sys.modules["concurrent.futures"].ThreadPoolExecutor()
             self._loop.set_default_executor(pool)  # the old one's threads did not come along
@@ -1407,20 +1416,31 @@ def _fork(wake: int) -> int:
     sleeps: every page it wrote to would be copied. What os.fork does for a child's
     interpreter (PyOS_AfterFork_Child) is left to whoever is woken.
     """
-    poll = struct.pack("=ihh", wake, select.POLLIN, 0)
-    buffer = ctypes.create_string_buffer(poll, len(poll))
-    count, forever = ctypes.c_ulong(1), ctypes.c_int(-1)
+    buffer = ctypes.create_string_buffer(1)
+    length = ctypes.c_size_t(1)
     ctypes.pythonapi.PyOS_BeforeFork()
     pid = _libc.fork()
     if pid == 0:
         _libc.setpgid(0, 0)  # a cell that signals its own group does not mean this one
-        while _libc.poll(buffer, count, forever) < 0:
-            pass  # a signal; there is nothing to do about it here
+        while _libc.recv(wake, buffer, length, socket.MSG_PEEK) < 0:
+            if ctypes.get_errno() == errno.EAGAIN:  # a cell has made the shared socket non-blocking
+                _libc.fcntl(wake, fcntl.F_SETFL, os.O_RDWR)
+            elif ctypes.get_errno() != errno.EINTR:
+                _libc._exit(0)
         return 0
     ctypes.pythonapi.PyOS_AfterFork_Parent()
     if pid < 0:
         raise OSError(ctypes.get_errno(), "fork")
     return int(pid)
+
+
+def _has_room() -> bool:
+    """Whether enough memory is left for a copy of this process to take over in."""
+    try:
+        bytearray(HEADROOM)  # reserved, and never touched
+    except MemoryError:
+        return False
+    return True
 
 
 def _kill(pid: int) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import Cells, OpenSandbox, Sandbox, descendants, eventually, is_session, need
@@ -106,7 +107,7 @@ DEATHS = {
     "SIGKILL to the group": "import os; os.killpg(0, 9)",
     "abort": "import os; os.abort()",
     "an alarm": "import signal, time; signal.setitimer(signal.ITIMER_REAL, 0.1); time.sleep(30)",
-    "another program in its place": "import os; os.execv('/bin/sleep', ['sleep', '3600'])",
+    "another program in its place": "import os; os.execv('/bin/true', ['true'])",
     "its files closed": "import os; os.closerange(3, 1000)",
     "all its files closed": "import os; os.closerange(0, 1000)",
     "a stack overflow": "import ctypes\nf = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: f())\nimport sys\n"
@@ -130,6 +131,12 @@ def test_a_death_costs_only_its_cell(repl: Cells, what: str) -> None:
 def test_the_first_cell_may_die(repl: Cells, what: str) -> None:
     assert repl.error(DEATHS[what]).kind == "crash"
     assert repl.ok("print('on')").stdout == "on\n"
+
+
+def test_a_program_that_took_the_cells_place_ends_with_its_time(repl: Cells) -> None:
+    prepare(repl)
+    assert repl.error("import os; os.execv('/bin/sleep', ['sleep', '3600'])", timeout=0.5).kind in ("timeout", "crash")
+    assert_intact(repl)
 
 
 def test_the_message_of_a_death_says_how_it_came(repl: Cells) -> None:
@@ -428,11 +435,32 @@ def test_a_bomb_of_threads_costs_its_cell(repl: Cells) -> None:
     assert_intact(repl)
 
 
-def test_a_session_full_of_threads_rests_between_cells(repl: Cells) -> None:
-    repl.run(THREAD_BOMB)
-    repl.ok("used = time.process_time()")
+@pytest.mark.parametrize("code", [THREAD_BOMB, "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))"])
+def test_a_session_without_room_for_a_process_rests_between_cells(repl: Cells, code: str) -> None:
+    repl.run(code)
+    repl.run("pass")
+    before = computed()
     time.sleep(1)
-    assert repl.value("time.process_time() - used") < 0.5
+    assert computed() - before < 0.5
+
+
+def computed() -> float:
+    """Seconds of processor time that the processes below this one have used."""
+    total = 0
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            total += sum(map(int, Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[11:13]))
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_death_while_there_is_no_room_for_a_process_does_not_end_the_session(open_cells: Callable[..., Cells]) -> None:
+    for _ in range(20):
+        repl = open_cells()
+        repl.ok("import os, resource; resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))")
+        repl.ok("pass")
+        assert repl.error("os._exit(1)", timeout=10).kind == "crash"
+        assert repl.value("1", timeout=10) == 1
+        repl.repl.close()
 
 
 MEMORY_BOMBS = {
@@ -470,7 +498,7 @@ def test_open_files_are_limited(open_cells: Callable[..., Cells]) -> None:
     assert repl.value("len(files)") in range(32, 64)
 
 
-def test_a_hundred_thousand_small_files_go_with_the_session(open_cells: Callable[..., Cells]) -> None:
+def test_thousands_of_small_files_go_with_the_session(open_cells: Callable[..., Cells]) -> None:
     repl = open_cells()
     path = repl.value("import os\nos.makedirs('a/b')\nfor i in range(5000): open(f'a/b/{i}', 'w').close()\nos.getcwd()")
     repl.repl.close()
