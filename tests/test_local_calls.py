@@ -38,7 +38,9 @@ async def test_llm_query_returns_the_reply(sandbox: Sandbox) -> None:
     assert await sandbox.value("llm_query('hi')") == "echo:hi"
 
 
-@pytest.mark.parametrize("text", ["", "é\U0001f600", "nul\0", "\r\n", "\ufeff", "\uffff", '{"t": "reply"}'], ids=ascii)
+@pytest.mark.parametrize(
+    "text", ["", "é\U0001f600", "nul\0", "\r\n", "\ufeff", "\uffff", '{"t": "reply"}'], ids=ascii
+)
 async def test_any_text_travels_both_ways(sandbox: Sandbox, text: str) -> None:
     assert await sandbox.value(f"llm_query({text!a})") == f"echo:{text}"
 
@@ -46,7 +48,9 @@ async def test_any_text_travels_both_ways(sandbox: Sandbox, text: str) -> None:
 async def test_the_model_and_the_function_reach_the_host(open_sandbox: OpenSandbox) -> None:
     seen = Recorder()
     sandbox = await open_sandbox(seen)
-    await sandbox.ok("llm_query('a')\nllm_query('b', 'small')\nllm_query(prompt='c', model='big')\nrlm_query('d', model='m')")
+    await sandbox.ok(
+        "llm_query('a')\nllm_query('b', 'small')\nllm_query(prompt='c', model='big')\nrlm_query('d', model='m')"
+    )
     assert [(c.fn, c.model, c.batch, texts) for c, texts in seen.calls] == [
         ("llm_query", None, False, ["a"]), ("llm_query", "small", False, ["b"]),
         ("llm_query", "big", False, ["c"]), ("rlm_query", "m", False, ["d"]),
@@ -56,7 +60,9 @@ async def test_the_model_and_the_function_reach_the_host(open_sandbox: OpenSandb
 async def test_rlm_query_sends_its_context_after_its_prompt(open_sandbox: OpenSandbox) -> None:
     seen = Recorder()
     sandbox = await open_sandbox(seen)
-    await sandbox.ok("rlm_query('q', context='c')\nrlm_query_batched(['q', 'r'], contexts=['c', 'd'])\nrlm_query_batched(['q'])")
+    await sandbox.ok(
+        "rlm_query('q', context='c')\nrlm_query_batched(['q', 'r'], contexts=['c', 'd'])\nrlm_query_batched(['q'])"
+    )
     assert [(c.contexts, texts) for c, texts in seen.calls] == [
         (True, ["q", "c"]), (True, ["q", "r", "c", "d"]), (False, ["q"]),
     ]  # fmt: skip
@@ -108,7 +114,10 @@ async def test_a_batch_is_one_call(open_sandbox: OpenSandbox) -> None:
     seen = Recorder()
     sandbox = await open_sandbox(seen)
     await sandbox.ok("llm_query_batched(('a', 'b'), model='m')\nllm_query_batched(x for x in 'cd')")
-    assert [(c.batch, c.model, texts) for c, texts in seen.calls] == [(True, "m", ["a", "b"]), (True, None, ["c", "d"])]
+    assert [(c.batch, c.model, texts) for c, texts in seen.calls] == [
+        (True, "m", ["a", "b"]),
+        (True, None, ["c", "d"]),
+    ]
 
 
 async def test_an_empty_batch_calls_nobody(open_sandbox: OpenSandbox) -> None:
@@ -180,7 +189,11 @@ async def test_contexts_must_be_as_many_as_prompts(sandbox: Sandbox) -> None:
 
 
 async def test_a_lone_surrogate_in_a_prompt_is_a_value_error(sandbox: Sandbox) -> None:
-    for call in ("llm_query('ab\\ud800')", "llm_query_batched(['fine', 'ab\\udfff'])", "rlm_query('a', context='ab\\ud800')"):
+    for call in (
+        "llm_query('ab\\ud800')",
+        "llm_query_batched(['fine', 'ab\\udfff'])",
+        "rlm_query('a', context='ab\\ud800')",
+    ):
         error = await sandbox.error(call)
         assert error.type == "ValueError"
         assert "lone surrogate at character 2" in error.message
@@ -256,7 +269,9 @@ async def test_to_thread_calls_models_side_by_side(open_sandbox: OpenSandbox) ->
     assert await sandbox.value(code) == ["0", "1", "2", "3", "4"]
 
 
-async def test_a_thread_that_outlives_its_cell_calls_between_and_during_later_cells(open_sandbox: OpenSandbox) -> None:
+async def test_a_thread_that_outlives_its_cell_calls_between_and_during_later_cells(
+    open_sandbox: OpenSandbox,
+) -> None:
     served = 0
 
     async def serve(call: protocol.Call, texts: list[str]) -> list[str]:
@@ -289,7 +304,10 @@ async def test_a_thread_that_outlives_its_cell_calls_between_and_during_later_ce
         for number in range(20):
             assert await sandbox.value(f"llm_query('{number}')") == str(number)
         await more()
-    assert await sandbox.value("going = False\nthread.join(20)\n[thread.is_alive(), count > 20]") == [False, True]
+    assert await sandbox.value("going = False\nthread.join(20)\n[thread.is_alive(), count > 20]") == [
+        False,
+        True,
+    ]
 
 
 async def test_a_call_that_a_thread_began_in_one_cell_ends_in_another(open_sandbox: OpenSandbox) -> None:
@@ -325,7 +343,9 @@ async def test_a_forked_process_cannot_call(sandbox: Sandbox) -> None:
 
 
 async def test_a_forked_process_that_runs_to_the_end_of_the_cell_says_nothing(sandbox: Sandbox) -> None:
-    result = await sandbox.ok("import os\npid = os.fork()\nif pid: os.waitpid(pid, 0)\nprint('parent' if pid else 'child')")
+    result = await sandbox.ok(
+        "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0)\nprint('parent' if pid else 'child')"
+    )
     assert sorted(result.stdout.split()) == ["child", "parent"]
     assert await sandbox.value("pid > 0") is True
 
@@ -380,7 +400,9 @@ async def test_cancelling_a_cell_cancels_the_call_that_it_waits_for(open_sandbox
     assert await sandbox.value("llm_query('quick')") == "quick"
 
 
-async def test_a_cell_that_is_killed_in_a_call_leaves_the_next_ones_calls_alone(open_sandbox: OpenSandbox) -> None:
+async def test_a_cell_that_is_killed_in_a_call_leaves_the_next_ones_calls_alone(
+    open_sandbox: OpenSandbox,
+) -> None:
     async def serve(call: protocol.Call, texts: list[str]) -> list[str]:
         if texts == ["slow"]:
             await asyncio.sleep(0.5)
@@ -466,7 +488,9 @@ async def test_final_is_submitted_once(sandbox: Sandbox) -> None:
 
 
 async def test_final_from_a_thread_counts_in_its_cell(sandbox: Sandbox) -> None:
-    result = await sandbox.ok("import threading\nt = threading.Thread(target=FINAL, args=['there'])\nt.start(); t.join()")
+    result = await sandbox.ok(
+        "import threading\nt = threading.Thread(target=FINAL, args=['there'])\nt.start(); t.join()"
+    )
     assert result.final_answer == "there"
 
 
@@ -486,7 +510,9 @@ EVIL = """
 
 @pytest.mark.parametrize("raised", ["ValueError(1)", "SystemExit(2)", "KeyboardInterrupt"])
 @pytest.mark.parametrize("submit", ["FINAL(Evil());", "answer.update(content=Evil(), ready=True)"])
-async def test_an_answer_that_has_no_text_is_an_error_of_its_cell(sandbox: Sandbox, submit: str, raised: str) -> None:
+async def test_an_answer_that_has_no_text_is_an_error_of_its_cell(
+    sandbox: Sandbox, submit: str, raised: str
+) -> None:
     await sandbox.ok(EVIL.format(raised))
     result = await sandbox.run(f"own = 2\n{submit}")
     assert result.final_answer is None
@@ -496,7 +522,9 @@ async def test_an_answer_that_has_no_text_is_an_error_of_its_cell(sandbox: Sandb
 
 
 @pytest.mark.parametrize("raised", ["ValueError(1)", "SystemExit(2)"])
-@pytest.mark.parametrize("code", ["answer['ready'] = Evil()", "answer = type('D', (dict,), {'get': Evil.__str__})()"])
+@pytest.mark.parametrize(
+    "code", ["answer['ready'] = Evil()", "answer = type('D', (dict,), {'get': Evil.__str__})()"]
+)
 async def test_an_evil_answer_costs_no_variable(sandbox: Sandbox, code: str, raised: str) -> None:
     await sandbox.ok(EVIL.format(raised))
     await sandbox.run(f"own = 2\n{code}")
@@ -516,7 +544,9 @@ async def test_content_whose_comparison_is_no_bool_is_an_answer(sandbox: Sandbox
 
 
 async def test_a_final_dict_whose_comparison_fails_is_an_answer(sandbox: Sandbox) -> None:
-    result = await sandbox.ok("class D(dict):\n    def __eq__(self, other): raise KeyError(1)\nFINAL(D(a=1));")
+    result = await sandbox.ok(
+        "class D(dict):\n    def __eq__(self, other): raise KeyError(1)\nFINAL(D(a=1));"
+    )
     assert (result.final_answer, result.final_value) == ("{'a': 1}", None)
 
 

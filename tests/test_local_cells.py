@@ -190,7 +190,9 @@ def test_a_huge_value_has_a_clipped_echo_and_no_value(repl: Cells) -> None:
 
 
 @pytest.mark.parametrize("method", ["__repr__", "__str__"])
-@pytest.mark.parametrize("raised", ["ValueError('no')", "SystemExit(3)", "KeyboardInterrupt", "Exception(1, 2)"])
+@pytest.mark.parametrize(
+    "raised", ["ValueError('no')", "SystemExit(3)", "KeyboardInterrupt", "Exception(1, 2)"]
+)
 def test_an_evil_repr_costs_its_cell_only(repl: Cells, method: str, raised: str) -> None:
     repl.ok("kept = 1")
     result = repl.run(f"class Evil:\n    def {method}(self): raise {raised}\nEvil()")
@@ -272,7 +274,9 @@ def test_an_exception_group_shows_its_members_without_machinery(repl: Cells) -> 
     [("x = (1,\ny = 2", "SyntaxError", 1), ("x = 1\n  y = 2", "IndentationError", 2), ("a b", "SyntaxError", 1),
      ("return 5", "SyntaxError", 1), ("for x in y:\n\tpass\n        z", "TabError", 3)],
 )  # fmt: skip
-def test_a_syntax_error_names_its_line_and_runs_nothing(repl: Cells, code: str, type_: str, line: int) -> None:
+def test_a_syntax_error_names_its_line_and_runs_nothing(
+    repl: Cells, code: str, type_: str, line: int
+) -> None:
     error = repl.error(f"{code}\n")
     assert error.type == type_
     assert f'File "<cell 1>", line {line}' in error.traceback
@@ -297,7 +301,9 @@ def test_source_that_cannot_be_compiled_is_an_error_of_its_cell(repl: Cells, cod
         ("import asyncio\nasync def f(): raise SystemExit(1)\nawait f()", "SystemExit"),
     ],
 )  # fmt: skip
-def test_whatever_a_cell_raises_is_its_error_and_costs_no_variable(repl: Cells, code: str, type_: str) -> None:
+def test_whatever_a_cell_raises_is_its_error_and_costs_no_variable(
+    repl: Cells, code: str, type_: str
+) -> None:
     repl.ok("kept = 1")
     error = repl.error(f"own = 2\n{code}")
     assert (error.kind, error.type) == ("exception", type_)
@@ -315,7 +321,9 @@ def test_a_long_message_and_a_deep_traceback_are_bounded(repl: Cells) -> None:
 
 
 def test_stdout_and_stderr_are_kept_apart(repl: Cells) -> None:
-    result = repl.ok("import sys, warnings\nprint('out')\nprint('err', file=sys.stderr)\nwarnings.warn('careful')")
+    result = repl.ok(
+        "import sys, warnings\nprint('out')\nprint('err', file=sys.stderr)\nwarnings.warn('careful')"
+    )
     assert result.stdout == "out\n"
     assert result.stderr.startswith("err\n")
     assert "careful" in result.stderr
@@ -419,7 +427,9 @@ def test_output_streams_while_the_cell_runs(wall: str) -> None:
 def test_streamed_output_comes_in_batches_and_adds_up(wall: str) -> None:
     seen: list[str] = []
     with open_repl("local", wall=wall, on_output=lambda stream, text: seen.append(text)) as repl:
-        result = repl.execute("import time\nfor i in range(2000):\n    print(i)\n    time.sleep(0.0002)", timeout=30)
+        result = repl.execute(
+            "import time\nfor i in range(2000):\n    print(i)\n    time.sleep(0.0002)", timeout=30
+        )
     assert 1 <= len(seen) < 500
     assert result.stdout.startswith("".join(seen))
 
@@ -486,13 +496,17 @@ def test_answer_may_be_rebound(repl: Cells) -> None:
 def test_show_vars_is_a_dict_and_prints_as_one_line(repl: Cells) -> None:
     repl.repl.add_context("text")
     repl.ok("x = 1\n_hidden = 2\ndef f(): ...")
-    result = repl.ok("print(SHOW_VARS())\n[isinstance(SHOW_VARS(), dict), SHOW_VARS()['x'], dict(SHOW_VARS())]")
+    result = repl.ok(
+        "print(SHOW_VARS())\n[isinstance(SHOW_VARS(), dict), SHOW_VARS()['x'], dict(SHOW_VARS())]"
+    )
     assert result.stdout == "Available variables: {'answer': 'dict', 'x': 'int', 'f': 'function'}\n"
     assert result.value == [True, "int", {"answer": "dict", "x": "int", "f": "function"}]
 
 
 def test_functions_show_their_signature_and_their_help(repl: Cells) -> None:
-    assert repl.value("import inspect\nstr(inspect.signature(llm_query))").startswith("(prompt: 'str', model: ")
+    assert repl.value("import inspect\nstr(inspect.signature(llm_query))").startswith(
+        "(prompt: 'str', model: "
+    )
     text = repl.ok("help(llm_query)").stdout
     assert "Ask a model" in text
     assert "self" not in text

@@ -82,7 +82,9 @@ def test_closing_a_session_leaves_no_process_and_no_file(
     assert open_cells().value(f"import os; os.path.lexists({folder!r})") is False
 
 
-def test_closing_during_a_cell_leaves_no_process(open_cells: Callable[..., Cells], fork_server: set[int]) -> None:
+def test_closing_during_a_cell_leaves_no_process(
+    open_cells: Callable[..., Cells], fork_server: set[int]
+) -> None:
     repl = open_cells()
     repl.ok("import itertools")
     for code in ("while True: pass", "1 in itertools.repeat(0)"):
@@ -262,14 +264,18 @@ def test_the_host_keeps_its_streams_directory_handlers_and_environment(
 
     before = state()
     with open_repl("local", wall=wall) as repl:
-        repl.execute("import os, sys\nos.chdir('/')\nsys.stdout = None\nos.environ['X'] = '1'\nos.umask(0)", timeout=30)
+        repl.execute(
+            "import os, sys\nos.chdir('/')\nsys.stdout = None\nos.environ['X'] = '1'\nos.umask(0)", timeout=30
+        )
         repl.execute("while True: pass", timeout=0.1)
         repl.execute("import os; os._exit(1)", timeout=30)
         assert state() == before
     assert state() == before
 
 
-def test_nothing_that_a_session_does_is_printed_on_the_host(wall: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_that_a_session_does_is_printed_on_the_host(
+    wall: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with open_repl("local", wall=wall) as repl:
         for code in ("print('out')", "import sys; print('err', file=sys.stderr)", "import os; os.system('echo hi; echo ho >&2')",
                      "1/0", "import ctypes; ctypes.string_at(0)", "import os; os._exit(1)"):  # fmt: skip
@@ -302,5 +308,7 @@ with open_repl("local", wall={wall!r}) as repl:
     assert repl.execute("x", timeout=30).value == "parent"
 print("fine")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=90, check=False
+    )
     assert done.stdout == "fine\n", done.stderr

@@ -75,7 +75,10 @@ def test_a_key_of_the_host_is_in_no_environment_that_a_cell_can_read(wall: str) 
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], env={**os.environ, "API_KEY": CANARY, "SECRET": CANARY},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["False", "['GLIBC_TUNABLES', 'HOME', 'LANG', 'PATH', 'PWD', 'TMPDIR']"], done.stderr
+    assert done.stdout.splitlines() == [
+        "False",
+        "['GLIBC_TUNABLES', 'HOME', 'LANG', 'PATH', 'PWD', 'TMPDIR']",
+    ], done.stderr
 
 
 def test_home_and_temporary_directory_are_the_scratch_directory(repl: Cells) -> None:
@@ -132,7 +135,11 @@ def test_a_file_of_the_host_cannot_be_read_changed_or_listed(repl: Cells, where:
         assert repl.value(listing) is False
         after = path.stat()
         assert path.read_text() == CANARY
-        assert (after.st_mode, after.st_mtime, after.st_uid) == (before.st_mode, before.st_mtime, before.st_uid)
+        assert (after.st_mode, after.st_mtime, after.st_uid) == (
+            before.st_mode,
+            before.st_mtime,
+            before.st_uid,
+        )
 
 
 def test_a_directory_of_the_host_cannot_be_watched(repl: Cells) -> None:
@@ -153,13 +160,25 @@ def test_a_secret_place_of_the_system_cannot_be_read(repl: Cells, path: str) -> 
     need(repl, "files")
     if not os.path.exists(path):
         pytest.skip(f"there is no {path} here")
-    result = repl.run(f"import os\npath = {path!r}\nos.listdir(path) if os.path.isdir(path) else open(path, 'rb').read(1)")
+    result = repl.run(
+        f"import os\npath = {path!r}\nos.listdir(path) if os.path.isdir(path) else open(path, 'rb').read(1)"
+    )
     assert result.error is not None or result.echo in ("[]", "b''") or _is_scaffold(result.value, path)
 
 
 def _is_scaffold(names: Any, path: str) -> bool:
     """Whether a listing shows only the way to what is visible, and nothing of the host's own."""
-    visible = {"ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime", "timezone", "mime.types", "ssl", "magic"}
+    visible = {
+        "ld.so.cache",
+        "ld.so.conf",
+        "ld.so.conf.d",
+        "alternatives",
+        "localtime",
+        "timezone",
+        "mime.types",
+        "ssl",
+        "magic",
+    }
     return (path == "/etc" and set(names) <= visible) or (path == "/home" and len(names) <= 1)
 
 
@@ -197,7 +216,17 @@ def test_the_files_of_the_interpreter_are_read_only(repl: Cells) -> None:
 
 # --- the network -------------------------------------------------------------------------------------------
 
-FAMILIES = {"unix": 1, "inet": 2, "inet6": 10, "netlink": 16, "packet": 17, "bluetooth": 31, "alg": 38, "vsock": 40, "xdp": 44}
+FAMILIES = {
+    "unix": 1,
+    "inet": 2,
+    "inet6": 10,
+    "netlink": 16,
+    "packet": 17,
+    "bluetooth": 31,
+    "alg": 38,
+    "vsock": 40,
+    "xdp": 44,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,7 +264,11 @@ def test_a_cell_reaches_no_server_of_the_host(repl: Cells, tmp_path: Path) -> No
     reached = threading.Event()
     path = Path(tempfile.mkdtemp()) / "s"
     abstract = f"\0rlm-test-{os.getpid()}"
-    servers = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
+    servers = [
+        socket.create_server(("127.0.0.1", 0)),
+        socket.socket(socket.AF_UNIX),
+        socket.socket(socket.AF_UNIX),
+    ]
     servers[1].bind(str(path))
     servers[2].bind(abstract)
     os.chmod(path.parent, 0o755)
@@ -315,7 +348,10 @@ def test_the_supervisor_and_its_parent_cannot_be_signalled(repl: Cells) -> None:
     for number in (1, 9, 15, 19):
         assert outcome(repl, f"import os; os.kill(os.getppid(), {number})") == "PermissionError"
         assert outcome(repl, f"import os; os.kill(1, {number})") == "PermissionError"
-    assert outcome(repl, "import os, signal\nfd = os.pidfd_open(os.getppid())\nsignal.pidfd_send_signal(fd, 9)") != ""
+    assert (
+        outcome(repl, "import os, signal\nfd = os.pidfd_open(os.getppid())\nsignal.pidfd_send_signal(fd, 9)")
+        != ""
+    )
 
 
 @pytest.mark.parametrize("target", ["os.getppid()", "1", "{victim}", "{host}"])
@@ -389,7 +425,9 @@ def test_a_cell_has_no_capabilities_and_cannot_gain_privileges(repl: Cells) -> N
     effective, permitted, no_new_privileges, seccomp = repl.value(code)
     allowed = 0
     if os.geteuid() == 0 and repl.repl.isolation.level == "landlock":
-        allowed = 1 << 2  # CAP_DAC_READ_SEARCH, where the interpreter lies in root's own home: Landlock decides
+        allowed = (
+            1 << 2
+        )  # CAP_DAC_READ_SEARCH, where the interpreter lies in root's own home: Landlock decides
     assert effective & ~allowed == permitted & ~allowed == 0
     assert (no_new_privileges, seccomp) == (1, 2)
 
@@ -397,7 +435,12 @@ def test_a_cell_has_no_capabilities_and_cannot_gain_privileges(repl: Cells) -> N
 def test_a_cell_is_not_root(repl: Cells) -> None:
     assert 0 not in repl.value("import os\nlist(os.getresuid() + os.getresgid())")
     assert repl.value("import os\nos.getgroups()") in ([], [os.getgid()], [65534])
-    assert succeeding(repl, ("os.setuid(0)", "os.setgid(0)", "os.setgroups([0])", "os.chroot('.')", "os.nice(-5)")) == []
+    assert (
+        succeeding(
+            repl, ("os.setuid(0)", "os.setgid(0)", "os.setgroups([0])", "os.chroot('.')", "os.nice(-5)")
+        )
+        == []
+    )
 
 
 SYSTEM_CALLS = {  # what is refused, and the x86_64 number and arguments
@@ -431,12 +474,20 @@ def test_a_system_call_is_refused(repl: Cells, what: str) -> None:
 
 
 def test_a_program_of_another_user_gives_no_rights(repl: Cells) -> None:
-    su = next((p for p in ("/usr/bin/su", "/bin/su", "/usr/bin/sudo", "/usr/bin/passwd") if os.path.exists(p)), None)
+    su = next(
+        (p for p in ("/usr/bin/su", "/bin/su", "/usr/bin/sudo", "/usr/bin/passwd") if os.path.exists(p)), None
+    )
     if su is None:
         pytest.skip("there is no setuid program here")
     code = "import subprocess\nsubprocess.run(['sh', '-c', 'id -u; grep -c . /etc/shadow'], capture_output=True, text=True).stdout.split()"
     assert "0" not in repl.value(code)[:1]
-    assert outcome(repl, f"import subprocess\nsubprocess.run([{su!r}, '-c', 'true'], check=True, capture_output=True, timeout=10)") != ""
+    assert (
+        outcome(
+            repl,
+            f"import subprocess\nsubprocess.run([{su!r}, '-c', 'true'], check=True, capture_output=True, timeout=10)",
+        )
+        != ""
+    )
 
 
 # --- its neighbours ------------------------------------------------------------------------------------------
@@ -476,7 +527,9 @@ def test_a_session_finds_nothing_of_the_one_before(open_cells: Callable[..., Cel
     first.ok("import json\nopen('left', 'w').write('x')\njson.planted = 1\nplanted = 2")
     first.repl.close()
     second = open_cells()
-    assert second.value("import os, json\n[os.listdir(), hasattr(json, 'planted'), 'planted' in globals()]") == [[], False, False]
+    assert second.value(
+        "import os, json\n[os.listdir(), hasattr(json, 'planted'), 'planted' in globals()]"
+    ) == [[], False, False]
 
 
 async def test_the_token_is_in_no_argument_list_and_no_environment(sandbox: Sandbox) -> None:
@@ -492,7 +545,10 @@ async def test_the_token_is_in_no_argument_list_and_no_environment(sandbox: Sand
                     seen += 1
                     assert token not in (entry / name).read_bytes()
     assert seen > 2
-    code = "\n".join(line[4:] for line in READS_EVERY_ENVIRONMENT.splitlines()) + f"\nany({token!r} in text for text in everything)"
+    code = (
+        "\n".join(line[4:] for line in READS_EVERY_ENVIRONMENT.splitlines())
+        + f"\nany({token!r} in text for text in everything)"
+    )
     assert await sandbox.value(code) is False
 
 
@@ -521,7 +577,11 @@ def test_isolation_none_is_a_bare_process_and_says_so() -> None:
         assert "isolation='none'" in session.isolation.missing[0]
         assert session.isolation.enforced == ()
         repl = Cells(session)
-        assert repl.value("import os\n[os.getuid(), os.path.isdir('/'), len(os.listdir('/')) > 3]") == [os.getuid(), True, True]
+        assert repl.value("import os\n[os.getuid(), os.path.isdir('/'), len(os.listdir('/')) > 3]") == [
+            os.getuid(),
+            True,
+            True,
+        ]
         repl.ok("kept = 1")
         assert repl.error("os._exit(1)").kind == "crash"
         assert repl.value("kept") == 1
@@ -540,7 +600,9 @@ def test_isolation_required_starts_where_everything_is_enforced(open_cells: Call
     assert open_cells(isolation="required").value("1") == 1
 
 
-@pytest.mark.parametrize("settings", [{"isolation": "some"}, {"wall": "brick"}, {"nonsense": 1}], ids=json.dumps)
+@pytest.mark.parametrize(
+    "settings", [{"isolation": "some"}, {"wall": "brick"}, {"nonsense": 1}], ids=json.dumps
+)
 def test_a_setting_that_makes_no_sense_is_a_config_error(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError), open_repl("local", **settings):
         pass

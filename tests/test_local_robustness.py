@@ -135,7 +135,10 @@ def test_the_first_cell_may_die(repl: Cells, what: str) -> None:
 
 def test_a_program_that_took_the_cells_place_ends_with_its_time(repl: Cells) -> None:
     prepare(repl)
-    assert repl.error("import os; os.execv('/bin/sleep', ['sleep', '3600'])", timeout=0.5).kind in ("timeout", "crash")
+    assert repl.error("import os; os.execv('/bin/sleep', ['sleep', '3600'])", timeout=0.5).kind in (
+        "timeout",
+        "crash",
+    )
     assert_intact(repl)
 
 
@@ -230,7 +233,9 @@ FORGED = [
 
 
 @pytest.mark.parametrize("message", FORGED, ids=str)
-async def test_a_forged_message_costs_at_most_its_own_session(open_sandbox: OpenSandbox, message: object) -> None:
+async def test_a_forged_message_costs_at_most_its_own_session(
+    open_sandbox: OpenSandbox, message: object
+) -> None:
     neighbour, sandbox = await open_sandbox(), await open_sandbox()
     await neighbour.ok("x = 1")
     code = f"""
@@ -262,7 +267,10 @@ def test_many_deaths_and_timeouts_in_turn_cost_only_themselves(repl: Cells) -> N
     repl.ok("n = 0")
     for number in range(1, 11):
         assert repl.error("n = -1; import os; os._exit(1)").kind == "crash"
-        assert repl.error("import signal; signal.signal(2, signal.SIG_IGN)\nn = -1\nwhile True: pass", 0.05).kind == "timeout"
+        assert (
+            repl.error("import signal; signal.signal(2, signal.SIG_IGN)\nn = -1\nwhile True: pass", 0.05).kind
+            == "timeout"
+        )
         assert repl.error("while True: pass", timeout=0.05).kind == "timeout"
         assert repl.value("n += 1\nn") == number
 
@@ -297,7 +305,9 @@ def test_asyncio_threads_work_after_a_rollback(repl: Cells) -> None:
 
 
 def test_new_threads_work_after_a_rollback(repl: Cells) -> None:
-    repl.ok("import threading, time, os\nthreading.Thread(target=time.sleep, args=[3600], daemon=True).start()")
+    repl.ok(
+        "import threading, time, os\nthreading.Thread(target=time.sleep, args=[3600], daemon=True).start()"
+    )
     repl.run("os._exit(1)")
     code = "r = []\nt = threading.Thread(target=lambda: r.append(1)); t.start(); t.join(10)\n[r, threading.active_count()]"
     assert repl.value(code) == [[1], 1]
@@ -337,7 +347,9 @@ def test_a_context_can_be_added_after_a_death(repl: Cells) -> None:
 
 
 def test_lost_threads_are_named(repl: Cells) -> None:
-    repl.ok("import threading, time\nthreading.Thread(target=time.sleep, args=[3600], name='ticker', daemon=True).start()")
+    repl.ok(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=[3600], name='ticker', daemon=True).start()"
+    )
     assert repl.ok("pass").lost == ()
     assert repl.run("import os; os._exit(1)").lost == ("thread ticker",)
     assert repl.ok("pass").lost == ()
@@ -416,7 +428,9 @@ def test_a_fork_bomb_costs_its_cell_and_goes_out(repl: Cells, what: str) -> None
 def test_a_bomb_in_the_background_does_not_keep_the_next_cells_from_running(repl: Cells) -> None:
     need(repl, "signals")
     prepare(repl)
-    repl.run("import os\nif os.fork() == 0:\n    while True:\n        try: os.fork()\n        except OSError: pass")
+    repl.run(
+        "import os\nif os.fork() == 0:\n    while True:\n        try: os.fork()\n        except OSError: pass"
+    )
     for _ in range(5):
         assert repl.value("number") == 1
     assert_intact(repl)
@@ -435,7 +449,9 @@ def test_a_bomb_of_threads_costs_its_cell(repl: Cells) -> None:
     assert_intact(repl)
 
 
-@pytest.mark.parametrize("code", [THREAD_BOMB, "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))"])
+@pytest.mark.parametrize(
+    "code", [THREAD_BOMB, "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))"]
+)
 def test_a_session_without_room_for_a_process_rests_between_cells(repl: Cells, code: str) -> None:
     repl.run(code)
     repl.run("pass")
@@ -453,7 +469,9 @@ def computed() -> float:
     return total / os.sysconf("SC_CLK_TCK")
 
 
-def test_a_death_while_there_is_no_room_for_a_process_does_not_end_the_session(open_cells: Callable[..., Cells]) -> None:
+def test_a_death_while_there_is_no_room_for_a_process_does_not_end_the_session(
+    open_cells: Callable[..., Cells],
+) -> None:
     for _ in range(20):
         repl = open_cells()
         repl.ok("import os, resource; resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))")
@@ -487,20 +505,27 @@ def test_memory_beyond_the_limit_is_an_error_of_its_cell(open_cells: Callable[..
 def test_a_file_larger_than_its_limit_is_an_os_error(open_cells: Callable[..., Cells]) -> None:
     repl = open_cells(file_size=1)
     prepare(repl)
-    assert repl.error("f = open('big', 'wb', 0)\nfor _ in range(3): f.write(bytes(1 << 20))").type == "OSError"
+    assert (
+        repl.error("f = open('big', 'wb', 0)\nfor _ in range(3): f.write(bytes(1 << 20))").type == "OSError"
+    )
     assert repl.value("import os; os.path.getsize('big')") == 1 << 20
     assert_intact(repl)
 
 
 def test_open_files_are_limited(open_cells: Callable[..., Cells]) -> None:
     repl = open_cells(open_files=64)
-    assert repl.error("import os\nfiles = []\nfor _ in range(100): files.append(os.open('/dev/null', 0))").type == "OSError"
+    assert (
+        repl.error("import os\nfiles = []\nfor _ in range(100): files.append(os.open('/dev/null', 0))").type
+        == "OSError"
+    )
     assert repl.value("len(files)") in range(32, 64)
 
 
 def test_thousands_of_small_files_go_with_the_session(open_cells: Callable[..., Cells]) -> None:
     repl = open_cells()
-    path = repl.value("import os\nos.makedirs('a/b')\nfor i in range(5000): open(f'a/b/{i}', 'w').close()\nos.getcwd()")
+    path = repl.value(
+        "import os\nos.makedirs('a/b')\nfor i in range(5000): open(f'a/b/{i}', 'w').close()\nos.getcwd()"
+    )
     repl.repl.close()
     assert eventually(lambda: not os.path.exists(path))
 
@@ -508,7 +533,10 @@ def test_thousands_of_small_files_go_with_the_session(open_cells: Callable[..., 
 # --- cancelling and closing -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", ["while True: pass", "import itertools; 1 in itertools.repeat(0)", "import time; time.sleep(3600)"])
+@pytest.mark.parametrize(
+    "code",
+    ["while True: pass", "import itertools; 1 in itertools.repeat(0)", "import time; time.sleep(3600)"],
+)
 async def test_a_cancelled_cell_leaves_a_session_that_works_at_once(sandbox: Sandbox, code: str) -> None:
     await sandbox.ok("kept = 1")
     for number in range(3):
@@ -530,7 +558,9 @@ async def test_a_cell_that_is_cancelled_before_it_begins_changes_nothing(sandbox
     assert await sandbox.value("x") == 1
 
 
-async def test_cancelling_a_cell_that_waits_for_its_turn_leaves_the_running_one_alone(sandbox: Sandbox) -> None:
+async def test_cancelling_a_cell_that_waits_for_its_turn_leaves_the_running_one_alone(
+    sandbox: Sandbox,
+) -> None:
     first = asyncio.create_task(sandbox.run("import time\ntime.sleep(0.3)\n'done'"))
     second = asyncio.create_task(sandbox.run("x = 1"))
     await asyncio.sleep(0.1)

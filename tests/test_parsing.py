@@ -296,9 +296,7 @@ def test_backticks_closed_on_their_own_line_are_inline_code() -> None:
 @pytest.mark.parametrize("indent", ["  ", "    ", "\t", " \t "])
 def test_the_indentation_of_a_fence_is_taken_off_its_code(indent: str) -> None:
     lines = ["```repl", "if x:", "    y()", "", "```"]
-    assert codes("- do this:\n" + "\n".join(indent + line for line in lines)) == [
-        "if x:\n    y()\n"
-    ]
+    assert codes("- do this:\n" + "\n".join(indent + line for line in lines)) == ["if x:\n    y()\n"]
 
 
 def test_code_at_the_margin_of_an_indented_fence_keeps_its_own_indentation() -> None:
@@ -683,11 +681,7 @@ def test_code_comes_back_unchanged(code: str, prose: str) -> None:
 
 @untimed
 @given(
-    st.lists(
-        st.sampled_from(
-            ["```", "```json", "```python", "  ```", "~~~", "it's", "FINAL(1)", "", "#"]
-        )
-    )
+    st.lists(st.sampled_from(["```", "```json", "```python", "  ```", "~~~", "it's", "FINAL(1)", "", "#"]))
 )
 def test_a_string_comes_back_unchanged_whatever_fences_it_holds(lines: list[str]) -> None:
     code = "\n".join(['p = """', *lines, '"""', "print(p)"])
@@ -812,9 +806,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("shape", HOSTILE)
-def test_a_hostile_megabyte_is_compiled_a_bounded_number_of_times(
-    shape: str, compiled: list[int]
-) -> None:
+def test_a_hostile_megabyte_is_compiled_a_bounded_number_of_times(shape: str, compiled: list[int]) -> None:
     reply = HOSTILE[shape](MEGABYTE)
     parse_reply(reply)
     assert len(compiled) <= len(reply) // 64 + 256

@@ -198,8 +198,11 @@ async def shared(bwrap: str | None, scratch_bytes: int) -> ForkServer:
     """The fork server of this process for these settings, started if need be, once."""
     key = (os.getpid(), bwrap, scratch_bytes)
     server = _running.get(key)
-    if server is not None and server.alive:
-        return server
+    if server is not None:
+        if server.alive:
+            return server
+        server.close()
+        _running.pop(key, None)
     if key not in _starting:
         task = asyncio.ensure_future(ForkServer.start(bwrap, scratch_bytes))
         _starting[key] = task
