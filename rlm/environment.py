@@ -292,6 +292,9 @@ class WorkerEnv(BaseEnv):
         assert self.session is not None
         self.session.cancel_calls()
         self._contexts_are_gone = self._contexts_are_gone or crash.state == "lost"
+        for number, future in self._pending.items():
+            if number < 0 and not future.done():  # a load that will not be answered any more
+                future.set_exception(SandboxError("the sandbox's process died while it loaded a context"))
 
     def _connection_lost(self, lost: asyncio.Future[str]) -> None:
         for future in self._pending.values():

@@ -56,6 +56,8 @@ faster than the host reads is slowed down, not buffered."""
 RESTART_LIMIT = 3
 """Executors that may die in a row before they are ready, before the session is given up."""
 
+CHANNEL_CLOSED = "its connection was closed from within"
+
 _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 
 PLAIN_LIMIT = 1 << 20
@@ -80,8 +82,8 @@ def _parse(header: bytes) -> tuple[tuple[dict[str, Any], bytes], Sequence[int]]:
     return (message, header), sizes
 
 
-def _decoder() -> wire.Decoder[tuple[dict[str, Any], bytes]]:
-    return wire.Decoder(_parse, blob_limit=wire.UNLIMITED)
+def _decoder(blob_limit: int = wire.UNLIMITED) -> wire.Decoder[tuple[dict[str, Any], bytes]]:
+    return wire.Decoder(_parse, blob_limit=blob_limit)
 
 
 def _text(value: str) -> bytes:
@@ -269,7 +271,7 @@ class Supervisor:
         """Talk to the executor through ``channel`` from now on."""
         channel.setblocking(False)
         self._channel = channel
-        self._from_executor = _decoder()
+        self._from_executor = _decoder(wire.BLOB_LIMIT)  # no cell fills the supervisor's memory
         self._to_executor = Outbox(channel.fileno())
         self._poll.register(channel.fileno(), select.POLLIN)
 
@@ -282,7 +284,7 @@ class Supervisor:
         if self._to_executor.size:
             interest |= select.POLLOUT
         self._poll.modify(channel, interest)
-        unsent = any(captured.unsent for captured in self._captured.values())
+        unsent = self._cell is not None and any(c.unsent for c in self._captured.values())
         for fd, _ in self._poll.poll(STREAM_INTERVAL * 1000 if unsent else None):
             if fd == channel:
                 self._read_executor(channel)
@@ -339,17 +341,27 @@ class Supervisor:
                 self._cell = message["id"]
             elif kind == "load":
                 self._loading.append(message["id"])
-            self._to_executor.send(wire.join(header, blobs))
+            self._tell_executor(wire.join(header, blobs))
+
+    def _tell_executor(self, frame: bytes) -> None:
+        try:
+            self._to_executor.send(frame)
+        except ConnectionError:
+            self._recover({"cause": CHANNEL_CLOSED, "code": 0})
 
     def _forward_shared(self, frame: bytes) -> None:
         """Hand a descriptor that came through the lane on to the executor."""
         assert self._lane is not None
         _, descriptor = _receive_with_descriptor(self._lane, 1)
-        self._channel.setblocking(True)
-        self._to_executor.flush()
-        _send_with_descriptor(self._channel, frame, descriptor)
-        self._channel.setblocking(False)
-        os.close(descriptor)
+        try:
+            self._channel.setblocking(True)
+            self._to_executor.flush()
+            _send_with_descriptor(self._channel, frame, descriptor)
+            self._channel.setblocking(False)
+        except ConnectionError:
+            self._recover({"cause": CHANNEL_CLOSED, "code": 0})
+        finally:
+            os.close(descriptor)
 
     def _read_executor(self, channel: int) -> None:
         try:
@@ -361,7 +373,7 @@ class Supervisor:
         except ConnectionError:
             data = b""
         if not data:  # closed by the cell: nothing can be said to this executor any more
-            self._recover({"cause": "channel closed by the cell", "code": 0})
+            self._recover({"cause": CHANNEL_CLOSED, "code": 0})
             return
         self._from_executor.feed(data)
         try:
@@ -376,7 +388,7 @@ class Supervisor:
             self._finish_cell(_checked_result(message, self._cell, blobs), blobs)
         elif kind == "crowded":
             self._kill_all(spare=(self._executor, self._slot.pid))
-            self._to_executor.send(wire.encode({"t": "room"}))
+            self._tell_executor(wire.encode({"t": "room"}))
         elif kind == "ready":
             self._executor_ready(message)
         elif kind == "loaded":

@@ -461,9 +461,9 @@ def test_a_session_without_room_for_a_process_rests_between_cells(repl: Cells, c
 
 
 def computed() -> float:
-    """Seconds of processor time that the processes below this one have used."""
+    """Seconds of processor time that the sessions of this process have used."""
     total = 0
-    for pid in descendants(os.getpid()):
+    for pid in filter(is_session, descendants(os.getpid())):
         with contextlib.suppress(OSError):
             total += sum(map(int, Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[11:13]))
     return total / os.sysconf("SC_CLK_TCK")
