@@ -242,6 +242,22 @@ _DENIED = {
     "sethostname": (170, 161),
     "setdomainname": (171, 162),
     "personality": (135, 92),
+    # memory, queues and semaphores shared by all processes of a user
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "semget": (64, 190),
+    "semop": (65, 193),
+    "semctl": (66, 191),
+    "semtimedop": (220, 192),
+    "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
     # what happens in directories that cannot be read
     "inotify_add_watch": (254, 27),
     "fanotify_init": (300, 262),
@@ -251,6 +267,23 @@ _DENIED = {
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
 }
+# Allowed for the calling process alone: (x86_64, aarch64), and which argument names the process.
+_ON_ITSELF = {
+    "prlimit64": (302, 261, 0), "sched_setaffinity": (203, 122, 0), "sched_setscheduler": (144, 119, 0),
+    "sched_setparam": (142, 118, 0), "sched_setattr": (314, 274, 0), "migrate_pages": (256, 238, 0),
+    "move_pages": (279, 239, 0), "setpriority": (141, 140, 1), "ioprio_set": (251, 30, 1),
+}  # fmt: skip
+
+# Owner, mode, times and attributes of files, which no path rule of Landlock covers. Programs that
+# copy files set them as a matter of course, so these report success and do nothing.
+_ATTRIBUTES = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
+}  # fmt: skip
 _SOCKET = (41, 198)
 _SOCKETPAIR = (53, 199)
 _CLONE = (56, 220)
@@ -280,7 +313,7 @@ def _deny_unless(number: int, at: int, mask: int, allowed: Iterable[int]) -> Lis
     return [_op(_JUMP_EQ, number, 0, len(body)), *body]
 
 
-def _filter_program(machine: str, network: bool) -> bytes:
+def _filter_program(machine: str, network: bool, attributes: bool) -> bytes:
     """The BPF program: see seccomp(2). ``network`` leaves internet sockets open."""
     column = 0 if machine == "x86_64" else 1
     families = [AF_UNIX, AF_INET, AF_INET6] if network else []
@@ -294,6 +327,12 @@ def _filter_program(machine: str, network: bool) -> bytes:
         program += [_op(_JUMP_GE, 0x40000000, 0, 1), _op(_RETURN, _ERRNO | _EPERM)]
     for numbers in _DENIED.values():
         program += [_op(_JUMP_EQ, numbers[column], 0, 1), _op(_RETURN, _ERRNO | _EPERM)]
+    for x86_64, aarch64, argument in _ON_ITSELF.values():
+        number = (x86_64, aarch64)[column]
+        program += _deny_unless(number, _AT_ARG0 + 8 * argument, 0xFFFFFFFF, (0,))
+    for pair in () if attributes else _ATTRIBUTES.values():
+        if pair[column] is not None:
+            program += [_op(_JUMP_EQ, pair[column] or 0, 0, 1), _op(_RETURN, _ERRNO)]
     # clone3 hides its flags behind a pointer; without it libc falls back to clone
     program += [_op(_JUMP_EQ, _CLONE3, 0, 1), _op(_RETURN, _ERRNO | _ENOSYS)]
     clone = [
@@ -310,16 +349,17 @@ def _filter_program(machine: str, network: bool) -> bytes:
     return b"".join(program)
 
 
-def seccomp(*, network: bool = False) -> None:
+def seccomp(*, network: bool = False, attributes: bool = True) -> None:
     """Refuse the system calls that reach outside: sockets, mounts, tracing, kernel interfaces.
 
     With ``network`` the internet and Unix families stay open, and VSOCK, NETLINK and
-    PACKET stay shut. Raises OSError on machines this filter has no numbers for.
+    PACKET stay shut. Without ``attributes`` changes of a file's mode, owner and times are
+    ignored. Raises OSError on machines this filter has no numbers for.
     """
     machine = platform.machine()
     if machine not in _AUDIT_ARCH:
         raise OSError("no seccomp filter for %s" % machine)
-    program = _filter_program(machine, network)
+    program = _filter_program(machine, network, attributes)
     buffer = ctypes.create_string_buffer(program, len(program))
     packed = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
     no_new_privileges()

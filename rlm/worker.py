@@ -209,6 +209,7 @@ class Supervisor:
         self._last_batch = 0.0
         self._greeted = False
         self._restarts = 0
+        self._obituary: dict[str, Any] | None = None
 
     def run(self) -> NoReturn:
         """Serve until the host closes the stream, then leave nothing behind."""
@@ -329,7 +330,10 @@ class Supervisor:
         kind = message["t"]
         if kind == "interrupt":
             if self._cell == message["id"] and self._crash is None:
-                os.kill(self._executor, signal.SIGINT)
+                try:
+                    os.kill(self._executor, signal.SIGINT)
+                except ProcessLookupError:
+                    pass  # it has just died, which is the next thing this loop will see
         elif kind == "kill":
             if self._cell == message["id"] and self._crash is None:
                 self._recover({"cause": "killed", "code": 0})
@@ -375,10 +379,13 @@ class Supervisor:
         if not data:  # closed by the cell: nothing can be said to this executor any more
             self._recover({"cause": CHANNEL_CLOSED, "code": 0})
             return
-        self._from_executor.feed(data)
+        decoder = self._from_executor
+        decoder.feed(data)
         try:
-            for (message, header), blobs in self._from_executor:
+            for (message, header), blobs in decoder:
                 self._from_cell(message, header, blobs)
+                if decoder is not self._from_executor:
+                    return  # it has been replaced; what else it said is void
         except (wire.FrameError, KeyError, TypeError, ValueError):
             self._recover({"cause": "garbage on the cell's channel", "code": 0})
 
@@ -387,8 +394,12 @@ class Supervisor:
         if kind == "result":
             self._finish_cell(_checked_result(message, self._cell, blobs), blobs)
         elif kind == "crowded":
+            self._obituary = None
             self._kill_all(spare=(self._executor, self._slot.pid))
-            self._tell_executor(wire.encode({"t": "room"}))
+            if self._obituary is not None:
+                self._recover(self._obituary)
+            else:
+                self._tell_executor(wire.encode({"t": "room"}))
         elif kind == "ready":
             self._executor_ready(message)
         elif kind == "loaded":
@@ -566,13 +577,15 @@ class Supervisor:
         """Collect those of the killed that are this process's own children by now."""
         while True:
             try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
             if pid == self._slot.pid:
                 self._slot.pid = 0
+            elif pid == self._executor:  # it was to be spared, and died of itself
+                self._obituary = _cause_of_death(status)
 
 
 # What an executor says was said by a cell, if the cell wanted: it is checked before it goes to the
@@ -1121,7 +1134,7 @@ class Executor:
             elif message["t"] == "room":
                 while _reap(-1):
                     pass
-            self._fork_standby()
+            self._fork_standby(ask_for_room=message["t"] != "room")
 
     def _on_interrupt(self, *_: object) -> None:
         if self._in_cell:
@@ -1129,14 +1142,15 @@ class Executor:
 
     # -- the standby
 
-    def _fork_standby(self) -> None:
+    def _fork_standby(self, ask_for_room: bool = True) -> None:
         """Leave a sleeping copy of this process; it replaces the one before."""
         if not (self._rollback and _has_room()):
             return  # a copy of a process without memory could not even wake up: the older one stays
         try:
             pid = _fork(self._standby_socket.fileno())
         except OSError:  # at the process limit; the older copy stays until there is room
-            self._calls.send({"t": "crowded"})
+            if ask_for_room:
+                self._calls.send({"t": "crowded"})
             return
         if pid == 0:
             self._take_over()
@@ -1537,7 +1551,8 @@ def give_up(options: dict[str, Any]) -> tuple[list[str], list[str]]:
         attempt("signals", lockdown.landlock_signals)
     if wanted.get("seccomp"):
         network = bool(wanted.get("network"))
-        attempt("system calls", lambda: lockdown.seccomp(network=network))
+        attributes = bool(wanted.get("attributes", True))
+        attempt("system calls", lambda: lockdown.seccomp(network=network, attributes=attributes))
         if "system calls" in enforced and not network:
             enforced.append("network")
     if "NPROC" in options.get("limits", {}):

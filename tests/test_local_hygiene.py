@@ -237,11 +237,15 @@ def test_a_host_that_is_stopped_and_killed_leaves_nothing(wall: str) -> None:
 
 
 def test_a_fork_server_that_was_killed_is_replaced(wall: str) -> None:
+    def children() -> set[int]:
+        return {child for child, parent in parents().items() if parent == os.getpid()}
+
+    before = children()
     with open_repl("local", wall=wall, scratch=555) as first:
         root = os.path.dirname(first.execute("import os; os.getcwd()", timeout=30).value)
-        youngest = max(child for child, parent in parents().items() if parent == os.getpid())
-        os.kill(youngest, signal.SIGKILL)
-        assert eventually(lambda: youngest not in parents())
+        (server,) = children() - before
+        os.kill(server, signal.SIGKILL)
+        assert eventually(lambda: server not in parents())
         with open_repl("local", wall=wall, scratch=555) as second:
             assert second.execute("1", timeout=30).value == 1
     if os.path.isdir(root):

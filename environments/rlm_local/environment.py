@@ -159,6 +159,8 @@ class LocalREPL(WorkerEnv):
             "namespace": True,
             "landlock": {"read": read, "write": list(forkserver.DEVICES)},
             "seccomp": True,
+            # root gives each sandbox a user of its own, who owns nothing of anyone else's
+            "attributes": root,
         }
 
 
