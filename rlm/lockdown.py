@@ -105,20 +105,26 @@ def _set_capabilities(mask: int) -> None:
 
 def drop_capabilities(keep: int = 0) -> None:
     """Give up every capability but those in the bit mask ``keep``, for programs started later too."""
-    for capability in range(64):
-        if not keep >> capability & 1:
-            try:
-                _prctl(_PR_CAPBSET_DROP, capability)
-            except OSError:
-                break  # past the last capability, or not ours to drop: capset below decides
+    _bound_capabilities(keep)
     _set_capabilities(keep)
     for capability in range(32):
         if keep >> capability & 1:
             _prctl(_PR_CAP_AMBIENT, 2, capability)
 
 
+def _bound_capabilities(keep: int) -> None:
+    """No program started from here on can ever have more than ``keep``."""
+    for capability in range(64):
+        if not keep >> capability & 1:
+            try:
+                _prctl(_PR_CAPBSET_DROP, capability)
+            except OSError:
+                break  # past the last capability, or not ours to drop: what is permitted decides
+
+
 def become(uid: int, keep: int = 0) -> None:
     """Turn from root into ``uid`` (group of the same number), keeping capabilities ``keep``."""
+    _bound_capabilities(keep)  # first: it takes a right that the change of user ends
     _prctl(8, 1)  # PR_SET_KEEPCAPS: the ones in keep must survive the change of user
     os.setgroups([])
     os.setresgid(uid, uid, uid)

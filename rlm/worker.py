@@ -1457,6 +1457,7 @@ def _fork(wake: int) -> int:
     ctypes.pythonapi.PyOS_AfterFork_Parent()
     if pid < 0:
         raise OSError(ctypes.get_errno(), "fork")
+    _libc.setpgid(pid, pid)  # here too: whichever process runs first
     return int(pid)
 
 

@@ -8,6 +8,8 @@ thread), and ends with the process, however that ends.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
@@ -21,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from rlm.errors import SandboxUnavailable
+
+END_TIMEOUT = 2.0
+"""Seconds that the end of the process waits for a fork server; one without sandboxes takes milliseconds."""
 
 READY_TIMEOUT = 30.0
 """Seconds for Python to start, on a machine under load."""
@@ -188,6 +193,20 @@ class ForkServer:
     def close(self) -> None:
         """Tell it to end. Its sandboxes clean up after themselves first."""
         self._control.close()
+
+    def wait(self) -> None:
+        """Wait, not for long, until it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_TIMEOUT)
+
+
+@atexit.register
+def _close_all() -> None:
+    """At the end of the process: end with it, and not a moment later."""
+    for (owner, *_), server in _running.items():
+        if owner == os.getpid():
+            server.close()
+            server.wait()
 
 
 _running: dict[tuple[int, str | None, int], ForkServer] = {}
