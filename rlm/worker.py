@@ -1464,8 +1464,8 @@ def _fork(wake: int) -> int:
 def _has_room() -> bool:
     """Whether enough memory is left for a copy of this process to take over in."""
     try:
-        bytearray(HEADROOM)  # reserved, and never touched
-    except MemoryError:
+        mmap.mmap(-1, HEADROOM).close()  # address space, as the limit counts it: no page is touched
+    except (OSError, MemoryError):
         return False
     return True
 

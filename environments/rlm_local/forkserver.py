@@ -47,6 +47,9 @@ ENVIRONMENT = {
 }
 """The whole environment of a sandbox. Nothing of the host's is passed on."""
 
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
+"""Where libc looks, at its start, whether the tunable above can be had."""
+
 _ZYGOTE = Path(__file__).with_name("zygote.py")
 
 
@@ -105,7 +108,7 @@ def bubblewrap_command(bwrap: str, scratch_bytes: int) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--ro-bind-try", path, path]
-    visible = [*SYSTEM_FILES, *python_folders(), str(travelling_files()), str(_ZYGOTE.parent)]
+    visible = [*SYSTEM_FILES, *python_folders(), str(travelling_files()), str(_ZYGOTE.parent), HUGE_PAGES]
     for folder in sorted({str(parent) for path in visible for parent in Path(path).parents} - {"/"}):
         if not folder.startswith(SYSTEM_PATHS):  # empty folders on the way to what is bound
             command += ["--perms", "0755", "--dir", folder]
