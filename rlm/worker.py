@@ -206,6 +206,7 @@ class Supervisor:
         self._crash: dict[str, Any] | None = None
         self._crashed_cell: int | None = None
         self._loading: list[int] = []
+        self._held: list[tuple[dict[str, Any], bytes, list[bytes]]] = []
         self._last_batch = 0.0
         self._greeted = False
         self._restarts = 0
@@ -337,6 +338,9 @@ class Supervisor:
         elif kind == "kill":
             if self._cell == message["id"] and self._crash is None:
                 self._recover({"cause": "killed", "code": 0})
+        elif self._crash is not None and kind in ("execute", "load"):
+            # until the dead cell's output and end are reported, nothing new may print
+            self._held.append((message, header, blobs))
         elif kind == "load" and message.get("shared"):
             self._loading.append(message["id"])
             self._forward_shared(wire.join(header, blobs))
@@ -435,6 +439,9 @@ class Supervisor:
                 self._host.send(wire.encode({"t": "crash", "crash": crash}))
             else:
                 self._finish_cell({"t": "result", "id": self._crashed_cell, "crash": crash}, [])
+            held, self._held = self._held, []
+            for frame in held:
+                self._from_host(*frame)
 
     # -- output
 
