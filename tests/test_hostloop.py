@@ -107,6 +107,7 @@ def test_ctrl_c_waits_for_the_clean_up_and_is_raised() -> None:
         from rlm import hostloop
         async def work():
             try:
+                await asyncio.sleep(0.3)  # until the caller waits
                 os.kill(os.getpid(), signal.SIGINT)
                 await asyncio.Event().wait()
             finally:
