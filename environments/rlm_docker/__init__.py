@@ -1,0 +1,1 @@
+"""DockerREPL: cells in a container of their own, on any Docker engine."""
