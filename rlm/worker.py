@@ -188,11 +188,12 @@ class Supervisor:
     """Relays between host and executor, and keeps the session alive whatever a cell does."""
 
     def __init__(
-        self, reader: int, writer: int, token: str, options: dict[str, Any], lane: int | None = None
+        self, reader: int, writer: int, token: str | None, options: dict[str, Any], lane: int | None = None
     ) -> None:
         self._reader = reader
         self._host = Outbox(writer)
         self._token = token
+        self._hello: dict[str, Any] | None = None
         self._options = options
         self._lane = socket.socket(fileno=lane) if lane is not None else None
         self._decoder = _decoder()
@@ -211,6 +212,8 @@ class Supervisor:
         self._greeted = False
         self._restarts = 0
         self._obituary: dict[str, Any] | None = None
+        self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
+        self._memory_kills = _out_of_memory_kills()
 
     def run(self) -> NoReturn:
         """Serve until the host closes the stream, then leave nothing behind."""
@@ -287,7 +290,7 @@ class Supervisor:
             interest |= select.POLLOUT
         self._poll.modify(channel, interest)
         unsent = self._cell is not None and any(c.unsent for c in self._captured.values())
-        for fd, _ in self._poll.poll(STREAM_INTERVAL * 1000 if unsent else None):
+        for fd, _ in self._poll.poll(1000 * (STREAM_INTERVAL if unsent else self._time_left())):
             if fd == channel:
                 self._read_executor(channel)
             elif fd == self._reader:
@@ -300,6 +303,13 @@ class Supervisor:
             if channel != self._channel.fileno():
                 break  # the executor was replaced: the other events may be of the old one
         self._stream()
+
+    def _time_left(self) -> float:
+        """Seconds until this session has lived for as long as it may. Raises EOFError after them."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise EOFError
+        return min(left, 1_000_000.0)  # more milliseconds than poll takes
 
     def _watch(self, outbox: Outbox) -> None:
         if outbox.fd != self._reader:
@@ -329,7 +339,10 @@ class Supervisor:
 
     def _from_host(self, message: dict[str, Any], header: bytes, blobs: list[bytes]) -> None:
         kind = message["t"]
-        if kind == "interrupt":
+        if kind == "session":
+            self._token = str(message["token"])
+            self._greet()
+        elif kind == "interrupt":
             if self._cell == message["id"] and self._crash is None:
                 try:
                     os.kill(self._executor, signal.SIGINT)
@@ -424,12 +437,12 @@ class Supervisor:
     def _executor_ready(self, message: dict[str, Any]) -> None:
         if not self._greeted:
             self._greeted = True
-            self._host.send(wire.encode({
-                "t": "hello", "v": wire.PROTOCOL_VERSION, "token": self._token,
-                "python": "%d.%d.%d" % sys.version_info[:3],
+            self._hello = {
+                "t": "hello", "v": wire.PROTOCOL_VERSION, "python": "%d.%d.%d" % sys.version_info[:3],
                 "enforced": [_clean(name, 200) for name in message.get("enforced", [])],
                 "missing": [_clean(name, 200) for name in message.get("missing", [])],
-            }))  # fmt: skip
+            }  # fmt: skip
+            self._greet()
             return
         self._restarts = 0
         if self._crash is not None:
@@ -442,6 +455,15 @@ class Supervisor:
             held, self._held = self._held, []
             for frame in held:
                 self._from_host(*frame)
+
+    def _greet(self) -> None:
+        """Prove the session once it is known whose this is; until then, say that all is ready."""
+        if self._hello is None:
+            return  # no executor yet: the one that comes up will greet
+        if self._token is None:
+            self._host.send(wire.encode({"t": "warm"}))
+        else:
+            self._host.send(wire.encode({**self._hello, "token": self._token}))
 
     # -- output
 
@@ -508,9 +530,17 @@ class Supervisor:
             if pid == 0:
                 return
             if pid == self._executor:
-                self._recover(_cause_of_death(status))
+                self._recover(self._cause_of_death(status))
             elif pid == self._slot.pid:
                 self._slot.pid = 0
+
+    def _cause_of_death(self, status: int) -> dict[str, Any]:
+        if not os.WIFSIGNALED(status):
+            return {"cause": "exit", "code": os.WEXITSTATUS(status)}
+        kills, self._memory_kills = self._memory_kills, _out_of_memory_kills()
+        if os.WTERMSIG(status) == signal.SIGKILL and self._memory_kills > kills:
+            return {"cause": "memory", "code": int(signal.SIGKILL)}
+        return {"cause": "signal", "code": os.WTERMSIG(status)}
 
     def _recover(self, cause: dict[str, Any]) -> None:
         """Kill what the cell started, and go on from the standby, or from nothing."""
@@ -535,7 +565,7 @@ class Supervisor:
         """No executor comes up here: say why, and end."""
         self._drain()
         reason = self._captured["stderr"].take() or str(cause).encode()
-        self._host.send(wire.encode({"t": "failed", "token": self._token}, [reason[-4000:]]))
+        self._host.send(wire.encode({"t": "failed", "token": self._token or ""}, [reason[-4000:]]))
         raise EOFError
 
     def _activate(self, standby: int) -> bool:
@@ -592,7 +622,7 @@ class Supervisor:
             if pid == self._slot.pid:
                 self._slot.pid = 0
             elif pid == self._executor:  # it was to be spared, and died of itself
-                self._obituary = _cause_of_death(status)
+                self._obituary = self._cause_of_death(status)
 
 
 # What an executor says was said by a cell, if the cell wanted: it is checked before it goes to the
@@ -657,10 +687,19 @@ class StandbySlot:
         struct.pack_into("=i", self._page, 0, value)
 
 
-def _cause_of_death(status: int) -> dict[str, Any]:
-    if os.WIFSIGNALED(status):
-        return {"cause": "signal", "code": os.WTERMSIG(status)}
-    return {"cause": "exit", "code": os.WEXITSTATUS(status)}
+_MEMORY_EVENTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+"""Where a container finds its own cgroup's counters, in version 2 and in version 1."""
+
+
+def _out_of_memory_kills() -> int:
+    """How often the kernel has killed a process of this container for want of memory."""
+    for path in _MEMORY_EVENTS:
+        try:
+            with open(path, "rb") as file:
+                return sum(int(line.split()[1]) for line in file if line.startswith(b"oom_kill "))
+        except (OSError, ValueError, IndexError):
+            pass  # not this version, or no cgroup of our own
+    return 0
 
 
 def _discard_input(channel: socket.socket) -> None:
@@ -1589,10 +1628,13 @@ def _limit(limits: dict[str, int]) -> None:
         resource.setrlimit(which, (value, value))
 
 
-def serve(reader: int, writer: int, token: str, options: dict[str, Any], lane: int | None = None) -> NoReturn:
+def serve(
+    reader: int, writer: int, token: str | None, options: dict[str, Any], lane: int | None = None
+) -> NoReturn:
     """Run a session over two descriptors (which may be the same) until the other end closes.
 
-    ``token`` proves to the host whose session this is. ``lane`` is a Unix socket through
-    which the host can hand over descriptors, where the two share a kernel.
+    ``token`` proves to the host whose session this is; without one, the worker says ``warm``
+    when it is ready, and waits for the frame that brings it. ``lane`` is a Unix socket
+    through which the host can hand over descriptors, where the two share a kernel.
     """
     Supervisor(reader, writer, token, options, lane).run()
