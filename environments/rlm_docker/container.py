@@ -61,8 +61,8 @@ class Container:
     """A container with a worker in it that waits for its session, and then is in it."""
 
     def __init__(
-        self, engine: Engine, created: Any, stream: socket.socket, leash: int, keeper: subprocess.Popen[bytes],
-        errors: IO[bytes], time_to_live: float,
+        self, engine: Engine, created: Any, stream: socket.socket, leash: int,
+        keeper: subprocess.Popen[bytes], errors: IO[bytes], time_to_live: float,
     ) -> None:  # fmt: skip
         self.id: str = created.id
         self.attributes: dict[str, Any] = created.attrs
@@ -104,7 +104,7 @@ class Container:
         try:
             keeper = subprocess.Popen(
                 ["/bin/sh", "-c", _KEEPER, "rlm-container", command, created.id],
-                stdin=leash_end, stdout=theirs, stderr=errors, env=engine.environ, cwd="/",
+                stdin=leash_end, stdout=theirs.fileno(), stderr=errors, env=engine.environ, cwd="/",
                 start_new_session=True,
             )  # fmt: skip
         except BaseException:
@@ -149,7 +149,9 @@ class Container:
         said = self._errors.read(1 << 16).decode("utf-8", "replace").strip()
         if state is not None and state.get("OOMKilled"):
             return ContainerRefused("the container's memory limit is too small for a worker to start")
-        return engines.from_text(said or f"it ended without a word ({state})", "start the container")
+        return engines.from_text(
+            said or f"it ended without a word ({state})", "start the container", self._engine.host
+        )
 
     # -- life
 

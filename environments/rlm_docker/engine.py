@@ -72,7 +72,7 @@ class Engine:
                 self._threads.submit(_sweep_quietly, self._client)
             return work(self._client)
         except Exception as error:  # the SDK raises its own, requests', urllib3's and the system's
-            raise explained(error, doing) from error
+            raise explained(error, doing, self.host) from error
 
     @property
     def command(self) -> str:
@@ -189,7 +189,7 @@ def _context_host(docker: Any) -> str | None:
 # --- what a failure means ----------------------------------------------------------------------------
 
 
-def explained(error: BaseException, doing: str) -> SandboxUnavailable:
+def explained(error: BaseException, doing: str, host: str | None = None) -> SandboxUnavailable:
     """A failure of the SDK as an error of ours that says what to do next."""
     if isinstance(error, SandboxUnavailable):
         return error
@@ -197,15 +197,15 @@ def explained(error: BaseException, doing: str) -> SandboxUnavailable:
     for cause in _chain(error):
         if isinstance(cause, PermissionError):
             return EnginePermission(
-                f"the Docker engine is not this user's to use ({_where()}): join the group docker, use a "
+                f"the Docker engine is not this user's to use ({host or 'the default socket'}): join the group docker, use a "
                 "rootless engine, or point DOCKER_HOST at one that is"
             )
         if isinstance(cause, ConnectionError | FileNotFoundError | TimeoutError):
-            return EngineUnavailable(no_engine(str(cause)))
-    return from_text(text, doing, missing=type(error).__name__ in ("ImageNotFound", "NotFound"))
+            return EngineUnavailable(_no_engine(str(cause), host))
+    return from_text(text, doing, host, missing=type(error).__name__ in ("ImageNotFound", "NotFound"))
 
 
-def from_text(text: str, doing: str, missing: bool = False) -> SandboxUnavailable:
+def from_text(text: str, doing: str, host: str | None = None, *, missing: bool = False) -> SandboxUnavailable:
     """A refusal in the engine's words as an error of ours."""
     low = text.lower()
     if "no space left on device" in low or "disk quota exceeded" in low:
@@ -214,7 +214,7 @@ def from_text(text: str, doing: str, missing: bool = False) -> SandboxUnavailabl
             "takes the room, `docker system prune` and `rlm sandboxes prune` make some"
         )
     if "cannot connect to the docker daemon" in low or "error during connect" in low:
-        return EngineUnavailable(no_engine(text))
+        return EngineUnavailable(_no_engine(text, host))
     if missing or "no such image" in low:
         return ImageMissing(f"the Docker engine could not {doing}: {text}")
     if "executable file not found" in low or "no such file or directory" in low:
@@ -225,16 +225,11 @@ def from_text(text: str, doing: str, missing: bool = False) -> SandboxUnavailabl
     return ContainerRefused(f"the Docker engine could not {doing}: {text.strip()[-2000:]}")
 
 
-def no_engine(reason: str) -> str:
-    """What to say when nothing answers."""
+def _no_engine(reason: str, host: str | None) -> str:
     return (
-        f"no Docker engine answers ({_where()}; {reason[:300]}): start it (Docker Desktop, or "
-        "`systemctl start docker`), or point DOCKER_HOST at one. environment='local' needs none"
+        f"no Docker engine answers at {host or 'the default socket'} ({reason[:300]}): start it (Docker "
+        "Desktop, or `systemctl start docker`), or point DOCKER_HOST at one. environment='local' needs none"
     )
-
-
-def _where() -> str:
-    return os.environ.get("DOCKER_HOST") or "the default socket"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -23,7 +23,7 @@ from .pool import Pool
 
 MiB = 1 << 20
 SCRATCH = "/tmp"
-SHARED_MEMORY_INODES = 4096
+_TMPFS = "rw,nosuid,nodev,size={size}m,nr_inodes={files},mode=1777"
 
 NOBODY = "65534:65534"
 
@@ -34,7 +34,8 @@ class DockerREPL(WorkerEnv):
     ``image``: any image with a ``python3`` of version 3.8 or later; by default
     ``rlm-sandbox:latest`` where ``rlm docker build`` has made one, else ``python:3.12-slim``.
     ``pull``: ``"missing"``, ``"never"`` or ``"always"``. Sizes are in MiB: ``memory`` of the
-    whole container, without swap; ``scratch`` of /tmp, which counts as memory. ``cpus`` may
+    whole container, without swap; ``scratch`` of /tmp, and of /dev/shm, which count as memory (a
+    quarter of it, 512 at most, unless given). ``cpus`` may
     be a fraction. ``files`` bounds the files of /tmp in number, ``processes`` those of the container.
     ``network``: ``"none"``, or a network of the engine's (``"bridge"``). ``volumes`` and ``env`` are as in
     the Docker SDK; nothing of the host is mounted or passed on by itself. ``runtime``, e.g. ``"runsc"``.
@@ -58,7 +59,7 @@ class DockerREPL(WorkerEnv):
         user: str = NOBODY,
         runtime: str | None = None,
         pull: Pull = "missing",
-        scratch: int = 512,
+        scratch: int | None = None,
         files: int = 65536,
         open_files: int = 1024,
         output: int = 1,
@@ -71,6 +72,8 @@ class DockerREPL(WorkerEnv):
         docker_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if scratch is None:
+            scratch = max(1, min(512, memory // 4))
         if pull not in ("missing", "never", "always"):
             raise ConfigError(f"pull={pull!r}: use 'missing', 'never' or 'always'")
         sizes = {"memory": memory, "cpus": cpus, "pids": pids, "scratch": scratch, "files": files,
@@ -107,8 +110,8 @@ class DockerREPL(WorkerEnv):
             "log_config": {"type": "none"},  # else every frame is written to the engine's disk
             "read_only": True,
             "tmpfs": {
-                SCRATCH: f"rw,nosuid,nodev,size={scratch}m,nr_inodes={files},mode=1777",
-                "/dev/shm": f"rw,nosuid,nodev,noexec,size={scratch}m,nr_inodes={SHARED_MEMORY_INODES},mode=1777",
+                SCRATCH: _TMPFS.format(size=scratch, files=files),
+                "/dev/shm": _TMPFS.format(size=scratch, files=files),
             },
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
