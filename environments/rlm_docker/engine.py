@@ -197,8 +197,8 @@ def explained(error: BaseException, doing: str, host: str | None = None) -> Sand
     for cause in _chain(error):
         if isinstance(cause, PermissionError):
             return EnginePermission(
-                f"the Docker engine is not this user's to use ({host or 'the default socket'}): join the group docker, use a "
-                "rootless engine, or point DOCKER_HOST at one that is"
+                f"the Docker engine is not this user's to use ({host or 'the default socket'}): join the "
+                "group docker, use a rootless engine, or point DOCKER_HOST at one that is"
             )
         if isinstance(cause, ConnectionError | FileNotFoundError | TimeoutError):
             return EngineUnavailable(_no_engine(str(cause), host))
