@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -67,6 +68,7 @@ class Engine:
 
     def _call(self, work: Callable[[Any], Value], doing: str) -> Value:
         try:
+            knock(self.host)
             if self._client is None:
                 self._client = connect(self.host)
                 self._threads.submit(_sweep_quietly, self._client)
@@ -108,8 +110,17 @@ class Engine:
         return await self._create(name, settings)
 
     async def _create(self, image: str, settings: dict[str, Any]) -> Any:
-        create = functools.partial(_create, image, settings)
-        return await self.call(create, f"create a container of image {image!r}")
+        work = functools.partial(_create, image, settings)
+        task = asyncio.ensure_future(self.call(work, f"create a container of image {image!r}"))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:  # the engine is at it: what comes of it is nobody's
+            task.add_done_callback(self._discard)
+            raise
+
+    def _discard(self, created: asyncio.Task[Any]) -> None:
+        if not created.cancelled() and created.exception() is None:
+            self._threads.submit(created.result().remove, force=True)
 
     async def _default_image(self) -> str:
         def built(client: Any) -> str:
@@ -178,6 +189,14 @@ def connect(host: str | None = None) -> Any:
     return docker.from_env(
         environment=environment, timeout=REQUEST_TIMEOUT, use_ssh_client=over_ssh, max_pool_size=THREADS
     )
+
+
+def knock(host: str | None) -> None:
+    """See whether anybody answers at a local socket: the SDK leaves one open for each failure."""
+    address = host or os.environ.get("DOCKER_HOST")
+    if address is not None and address.startswith("unix://"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(address.removeprefix("unix://"))
 
 
 def _context_host(docker: Any) -> str | None:
