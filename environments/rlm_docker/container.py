@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import socket
 import subprocess
@@ -196,6 +197,8 @@ class Container:
         except subprocess.TimeoutExpired:  # it does not end by itself: somebody has paused it, say
             command = [self._engine.command, "rm", "--force", "--volumes", self.id]
             subprocess.run(command, env=self._engine.environ, capture_output=True, check=False)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._keeper.wait(timeout)
         _living.discard(self)
 
     # -- death
