@@ -53,6 +53,10 @@ remove() {
         menu pixmaps polkit-1 zoneinfo/posix zoneinfo/right; do
         rm -rf "usr/share/$name"
     done
+    # numerical packages depend on compilers, which fill most of the image that has them
+    rm -rf usr/bin/*-linux-gnu-* usr/include usr/lib/gcc usr/lib/python3*/config-* usr/lib/python3/dist-packages/pythran
+    rm -rf usr/lib/*/*.a usr/lib/*/*/*.a usr/lib/*/lib[alt]san.so* usr/lib/*/libubsan.so* usr/lib/*/libperl.so*
+    find usr/lib/python3* -depth -type d -name tests -exec rm -rf {} +
     rm -rf var/cache var/log var/lib/apt var/lib/dpkg tmp var/tmp
     mkdir -p dev home proc root run sys tmp var/tmp
     chmod 1777 tmp var/tmp
