@@ -41,8 +41,9 @@ finish() {
     bytecode "/usr/lib/python$version"
 }
 
+# What Python would compile for itself here is checked against times, and times are about to change.
 inside() {
-    env -i PATH=/usr/bin:/bin:/usr/sbin:/sbin LC_ALL=C.UTF-8 PYTHONHASHSEED=0 chroot . "$@"
+    env -i PATH=/usr/bin:/bin:/usr/sbin:/sbin LC_ALL=C.UTF-8 PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1 chroot . "$@"
 }
 
 remove() {
@@ -85,7 +86,7 @@ commands() {
 
 # Debian has several numerical libraries, and a maintainer script to link the one to use.
 libraries() {
-    for path in usr/lib/*/openblas-pthread/lib*.so.3; do
+    for path in usr/lib/*/openblas-pthread/lib*.so.[0-9]; do
         [ ! -e "$path" ] || ln -s "openblas-pthread/${path##*/}" "${path%/*/*}/${path##*/}"
     done
 }
@@ -109,7 +110,7 @@ bytecode() {
 
 # A file that does not compile is no failure: packages carry templates, and code for other versions.
 compile() {
-    inside python3 -S -m compileall -q --invalidation-mode unchecked-hash "$@" >/dev/null || true
+    inside python3 -S -m compileall -f -q --invalidation-mode unchecked-hash "$@" >/dev/null || true
 }
 
 umask 022

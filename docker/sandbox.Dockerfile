@@ -18,7 +18,7 @@ ENV LANG=C.UTF-8 \
 # every start: half a second. Unchecked, because nobody edits the sources. A file that does not compile is no
 # failure; that none did would be one.
 RUN find /usr/local/lib -depth -type d \( -name test -o -name tests -o -name idlelib \) -exec rm -rf {} + \
-    && { python3 -m compileall -q --invalidation-mode unchecked-hash "$(python3 -c 'import os; print(os.path.dirname(os.__file__))')" || true; } \
+    && { python3 -m compileall -f -q --invalidation-mode unchecked-hash "$(python3 -c 'import os; print(os.path.dirname(os.__file__))')" || true; } \
     && python3 -B -c 'import json, os; assert os.path.exists(json.__cached__)'
 WORKDIR /tmp
 USER 65534:65534
@@ -32,6 +32,6 @@ USER 0:0
 RUN pip install --no-cache-dir --no-compile --root-user-action=ignore ${SCIENCE} \
     && packages="$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
     && find "$packages" -depth -type d -name tests -exec rm -rf {} + \
-    && { python3 -m compileall -q --invalidation-mode unchecked-hash "$packages" || true; }
+    && { python3 -m compileall -f -q --invalidation-mode unchecked-hash "$packages" || true; }
 LABEL org.opencontainers.image.title="rlm-sandbox-science"
 USER 65534:65534

@@ -48,7 +48,8 @@ TIMEOUT = 600
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
 """The engine's name of a machine, where it is not the kernel's."""
 
-_TAG = re.compile(r"[a-z0-9][a-z0-9._:/-]*?(:[\w][\w.-]{0,127})?", re.ASCII)
+_TAG = re.compile(r"([a-zA-Z0-9][\w.-]*(:\d+)?/)?[a-z0-9][a-z0-9._/-]*(:\w[\w.-]{0,127})?", re.ASCII)
+"""Perhaps a registry, a name, perhaps a version; the engine knows the finer rules."""
 
 _UNREACHABLE = "`rlm docker build --from interpreter` and `--from debian` need no registry"
 
@@ -116,8 +117,8 @@ def _check(source: Source, tag: str, target: Target, packages: Path | None) -> N
         )
     if packages is not None and source == "registry":
         raise ConfigError(
-            "packages are added to images of other sources; on top of this one write a Dockerfile that begins "
-            f"with FROM {tag} and installs them"
+            "packages are added to images of other sources; on top of this one write a Dockerfile that "
+            f"begins with FROM {tag} and installs them"
         )
     if packages is not None and not packages.is_dir():
         raise ConfigError(f"packages: there is no directory {str(packages)!r}")
@@ -252,10 +253,7 @@ def _padding(size: int) -> bytes:
 @contextmanager
 def _client() -> Iterator[Any]:
     """A connection to the engine, in which what it refuses is an error that says what to do."""
-    import docker
-
-    if not hasattr(docker, "from_env"):  # the repository's folder docker/, where the SDK is absent
-        raise SandboxUnavailable("the Docker SDK is not installed: pip install 'rlm[docker]'")
+    docker = _sdk()
     try:
         client = docker.from_env(timeout=TIMEOUT)
         client.ping()
@@ -269,6 +267,17 @@ def _client() -> Iterator[Any]:
         raise SandboxUnavailable(_why_engine_failed(error)) from error
     finally:
         client.close()
+
+
+def _sdk() -> Any:
+    """The Docker SDK; in a checkout without it the folder docker/ would be imported in its place."""
+    try:
+        import docker
+    except ImportError:
+        docker = None
+    if not hasattr(docker, "from_env"):
+        raise SandboxUnavailable("the Docker SDK is not installed: pip install 'rlm[docker]'")
+    return docker
 
 
 def _why_engine_failed(error: Exception) -> str:
@@ -305,8 +314,7 @@ def _load(client: Any, rootfs: Path, tag: str) -> None:
 
 
 def _build_from_registry(client: Any, tag: str, target: Target) -> None:
-    import docker
-
+    docker = _sdk()
     try:
         with recipe("sandbox.Dockerfile").open("rb") as file:
             client.images.build(fileobj=file, tag=tag, target=target, rm=True, forcerm=True)
