@@ -131,7 +131,7 @@ esac
 [ $# -eq 1 ] || fail "usage: base-debian.sh OUT.tar" 64
 [ "$(uname -s)" = Linux ] || fail "Debian packages can be unpacked on Linux only, and this is $(uname -s)" 69
 command -v mmdebstrap >/dev/null ||
-    fail "mmdebstrap is not installed; get it with: sudo apt-get install mmdebstrap debian-archive-keyring" 69
+    fail "mmdebstrap is not installed; get it with: sudo apt-get install mmdebstrap debian-archive-keyring uidmap" 69
 
 include=python3,busybox-static,ca-certificates,media-types,netbase,tzdata
 case ${TARGET:-plain} in

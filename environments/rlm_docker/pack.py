@@ -47,21 +47,39 @@ WANTED = (
 """Libraries that wheels link to and every distribution has; the C library's old parts are stubs by now."""
 
 TOOLS = (
-    "cat",
-    "cp",
-    "cut",
-    "env",
-    "find",
-    "grep",
-    "head",
-    "ls",
-    "mkdir",
-    "rm",
-    "sed",
-    "sort",
-    "tail",
-    "uniq",
-    "wc",
+    *(
+        "awk",
+        "basename",
+        "cat",
+        "cp",
+        "cut",
+        "date",
+        "diff",
+        "dirname",
+        "env",
+        "find",
+        "grep",
+        "gzip",
+        "head",
+        "ls",
+    ),
+    *(
+        "mkdir",
+        "mv",
+        "rm",
+        "rmdir",
+        "sed",
+        "sleep",
+        "sort",
+        "tail",
+        "tar",
+        "tee",
+        "touch",
+        "tr",
+        "uniq",
+        "wc",
+        "xargs",
+    ),
 )
 """What the shell has at hand where there is no busybox."""
 
@@ -76,13 +94,17 @@ FILES = {
 
 _PROBE = """
 import ctypes, json, os, site, sys
+def where(name):
+    RTLD_DI_LINKMAP = 2
+    handle, entry = ctypes.CDLL(name)._handle, ctypes.POINTER(ctypes.c_void_p * 2)()
+    ctypes.CDLL(None).dlinfo(ctypes.c_void_p(handle), RTLD_DI_LINKMAP, ctypes.byref(entry))
+    return os.fsdecode(ctypes.string_at(entry[0][1]))
+found = {}
 for name in sys.argv[2:]:
     try:
-        ctypes.CDLL(name)
+        found[name] = where(name)
     except OSError:
         pass
-with open("/proc/self/maps") as maps:
-    loaded = {line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line and ".so" in line}
 print(json.dumps({
     "executable": os.path.realpath(sys.executable),
     "version": "%d.%d" % sys.version_info[:2],
@@ -90,7 +112,7 @@ print(json.dumps({
     "cache_tag": sys.implementation.cache_tag,
     "platlib": sys.platlibdir,
     "site": site.getsitepackages([sys.argv[1]])[0],
-    "libraries": sorted(loaded),
+    "libraries": found,
 }))
 """
 
@@ -160,8 +182,8 @@ class _Python:
     """``lib``, or ``lib64`` where the distribution has it so; built into the interpreter."""
     site: str
     """Where it will look for packages."""
-    libraries: list[str]
-    """Files of the wanted libraries, as the loader found them."""
+    libraries: dict[str, str]
+    """The wanted libraries and their files, as the loader found them."""
 
 
 def _probe() -> _Python:
@@ -287,14 +309,11 @@ def _add_zones(tree: _Tree) -> None:
 def _add_libraries(tree: _Tree, python: _Python) -> None:
     """What everything taken so far is linked to, and what wheels will be."""
     own = {os.path.realpath(path) for path in tree.files.values()}
-    wanted = {path: os.path.basename(path) for path in python.libraries}
-    linked = [str(path) for name, path in tree.files.items() if _is_binary(name, tree)]
-    found, loader = _linked(sorted({*linked, *wanted}))
-    place = next((os.path.dirname(path) for name, path in found.items() if name == "libc.so.6"), "/usr/lib")
-    for path, name in wanted.items():
-        if _soname(name) in WANTED:
-            found.setdefault(_soname(name), path)
-    for name, path in found.items():
+    binaries = [str(path) for name, path in tree.files.items() if _is_binary(name, tree)]
+    linked, loader = _linked(sorted({*binaries, *python.libraries.values()}))
+    libraries = {**python.libraries, **linked}
+    place = os.path.dirname(libraries.get("libc.so.6", "/usr/lib/libc.so.6"))
+    for name, path in libraries.items():
         if os.path.realpath(path) not in own:  # a wheel's own libraries stay where it looks for them
             tree.files[_merged(f"{place}/{name}")] = Path(path)
     if loader:
@@ -302,13 +321,7 @@ def _add_libraries(tree: _Tree, python: _Python) -> None:
 
 
 def _is_binary(name: str, tree: _Tree) -> bool:
-    return name in tree.programs or name.endswith(".so") or ".so." in PurePosixPath(name).name
-
-
-def _soname(name: str) -> str:
-    """The name a library is asked for by, out of its file's name: libz.so.1 for libz.so.1.2.13."""
-    stem, _, version = name.partition(".so.")
-    return f"{stem}.so.{version.split('.')[0]}"
+    return name in tree.programs or ".so" in PurePosixPath(name).suffixes
 
 
 def _linked(paths: list[str]) -> tuple[dict[str, str], str]:
