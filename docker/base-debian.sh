@@ -157,5 +157,9 @@ trap 'exit 143' TERM
 # shellcheck disable=SC2016,SC2086 # $RECIPE and $1 are for mmdebstrap's shell; no MIRROR is no argument
 mmdebstrap --quiet --mode=auto --format=tar --variant=extract --include="$include${INCLUDE:+,$INCLUDE}" \
     --setup-hook='sh "$RECIPE" --merge "$1"' --extract-hook='sh "$RECIPE" --finish "$1"' \
-    --skip=cleanup,output/dev "${suite:-bookworm}" "$1.partial" ${MIRROR:-}
+    --skip=cleanup,output/dev "${suite:-bookworm}" "$1.partial" ${MIRROR:-} || {
+    code=$?
+    [ "$(id -u)" = 0 ] || echo "(without root: is uidmap installed, and are you in /etc/subuid and /etc/subgid?)" >&2
+    exit "$code"
+}
 mv "$1.partial" "$1"

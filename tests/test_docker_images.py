@@ -213,6 +213,27 @@ def test_rootfs_holds_no_time_and_no_owner(tmp_path: Path) -> None:
     assert next(member.mode for member in members if member.name == "tmp") == 0o1777
 
 
+def test_links_among_packages_are_followed(tmp_path: Path) -> None:
+    real, linked, folder = tmp_path / "real.py", tmp_path / "store", tmp_path / "packages"
+    real.write_text("HERE = True\n")
+    (linked / "inner").mkdir(parents=True)
+    (linked / "inner" / "module.py").write_text("")
+    (linked / "inner" / "round").symlink_to(linked)
+    folder.mkdir()
+    (folder / "module.py").symlink_to(real)
+    (folder / "package").symlink_to(linked)
+    (folder / "dangling").symlink_to("nowhere")
+    pack(tmp_path / "rootfs.tar", folder)
+    with tarfile.open(tmp_path / "rootfs.tar") as archived:
+        names = [name.partition("-packages/")[2] for name in archived.getnames() if "-packages/" in name]
+        kinds = {member.name.partition("-packages/")[2]: member.isfile() for member in archived}
+    assert {name for name in names if kinds[name] and name.endswith(".py")} == {
+        "module.py",
+        "package/inner/module.py",
+    }
+    assert "dangling" not in names
+
+
 # --- out of Debian packages -------------------------------------------------------------------
 
 
@@ -434,7 +455,7 @@ def test_full_disk_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(sys.modules, "docker", Engine(""))
-    monkeypatch.setattr(images, "_make_rootfs", fill)
+    monkeypatch.setattr(images, "pack", fill)
     with pytest.raises(SandboxUnavailable, match="TMPDIR"):
         build("interpreter", "name")
 

@@ -42,6 +42,7 @@ def build(
     # What `source` may be is for images.build to say, as one error like any other.
     chosen = cast(Any, source or images.default_source())
     name = tag or images.DEFAULT_TAG
+    typer.echo(f"making {name} from {chosen} ...", err=True)
     image = images.build(chosen, name, target="science" if science else "plain", packages=packages)
     typer.echo(f"{image.tag}  {image.id}")
     typer.echo(f"{image.size / 1e6:.0f} MB, made from {chosen} in {image.seconds:.1f} s")

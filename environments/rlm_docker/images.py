@@ -137,20 +137,22 @@ def _one_of(choices: tuple[str, ...]) -> str:
 
 
 def _make_rootfs(output: Path, source: Source, target: Target, packages: Path | None) -> None:
-    if source == "interpreter":
-        pack(output, packages)
-    else:
-        _run_recipe(output, target, packages)
+    try:
+        if source == "interpreter":
+            pack(output, packages)
+        else:
+            _run_recipe(output, target, packages)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise SandboxUnavailable(_full_here()) from error
+        raise SandboxUnavailable(f"the root file system could not be made: {error}") from error
 
 
 def _run_recipe(output: Path, target: Target, packages: Path | None) -> None:
     environment = {**os.environ, "TARGET": target, "PACKAGES": str(packages.resolve()) if packages else ""}
     environment |= {"SOURCE_DATE_EPOCH": str(EPOCH)}
     command = ["sh", str(recipe("base-debian.sh")), str(output)]
-    try:
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
-    except OSError as error:
-        raise SandboxUnavailable(f"the recipe for Debian does not start: {error}") from error
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
     if done.returncode:
         raise SandboxUnavailable(_why_recipe_failed(done.stderr))
 
@@ -158,7 +160,7 @@ def _run_recipe(output: Path, target: Target, packages: Path | None) -> None:
 def _why_recipe_failed(said: str) -> str:
     lines = [line for line in said.splitlines() if line.strip()]
     if _is_full(said):
-        return f"{_full_here()}: {lines[-1]}"
+        return _full_here()
     if lines and lines[-1].startswith("base-debian.sh: "):
         return lines[-1].removeprefix("base-debian.sh: ")
     advice = "is a Debian mirror reachable? MIRROR names another one; `--from interpreter` needs no network"
@@ -263,8 +265,8 @@ def _client() -> Iterator[Any]:
         ) from error
     try:
         yield client
-    except (docker.errors.DockerException, OSError) as error:  # the SDK lets errors of its connection through
-        raise SandboxUnavailable(_why_engine_failed(error)) from error
+    except (docker.errors.DockerException, *_connection_errors()) as error:
+        raise SandboxUnavailable(_why_engine_failed(str(error))) from error
     finally:
         client.close()
 
@@ -280,10 +282,14 @@ def _sdk() -> Any:
     return docker
 
 
-def _why_engine_failed(error: Exception) -> str:
-    said = str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{_full_here()}: {said}"
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What the SDK lets through when its connection breaks."""
+    import requests
+
+    return (requests.RequestException,)
+
+
+def _why_engine_failed(said: str) -> str:
     if _is_full(said):
         return f"the Docker engine's disk is full; `docker system prune` removes what nothing uses: {said}"
     return f"the Docker engine failed: {said}"
