@@ -57,7 +57,11 @@ remove() {
     # numerical packages depend on compilers, which fill most of the image that has them
     rm -rf usr/bin/*-linux-gnu-* usr/include usr/lib/gcc usr/lib/python3*/config-* usr/lib/python3/dist-packages/pythran
     rm -rf usr/lib/*/*.a usr/lib/*/*/*.a usr/lib/*/lib[alt]san.so* usr/lib/*/libubsan.so* usr/lib/*/libperl.so*
-    find usr/lib/python3* -depth -type d -name tests -exec rm -rf {} +
+    # and tests much of the rest; by name, since some packages import theirs
+    for name in networkx pandas scipy sklearn sympy; do
+        [ ! -d "usr/lib/python3/dist-packages/$name" ] ||
+            find "usr/lib/python3/dist-packages/$name" -depth -type d -name tests -exec rm -rf {} +
+    done
     rm -rf var/cache var/log var/lib/apt var/lib/dpkg tmp var/tmp
     mkdir -p dev home proc root run sys tmp var/tmp
     chmod 1777 tmp var/tmp
@@ -87,7 +91,7 @@ commands() {
 # Debian has several numerical libraries, and a maintainer script to link the one to use.
 libraries() {
     for path in usr/lib/*/openblas-pthread/lib*.so.[0-9]; do
-        [ ! -e "$path" ] || ln -s "openblas-pthread/${path##*/}" "${path%/*/*}/${path##*/}"
+        [ ! -e "$path" ] || ln -sf "openblas-pthread/${path##*/}" "${path%/*/*}/${path##*/}"
     done
 }
 

@@ -31,7 +31,6 @@ USER 0:0
 # --no-compile: pip's byte code would be checked against time stamps at every import.
 RUN python3 -m pip install --no-cache-dir --no-compile --root-user-action=ignore ${SCIENCE} \
     && packages="$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-    && find "$packages" -depth -type d -name tests -exec rm -rf {} + \
     && { python3 -m compileall -f -q --invalidation-mode unchecked-hash "$packages" || true; }
 LABEL org.opencontainers.image.title="rlm-sandbox-science"
 USER 65534:65534
