@@ -24,10 +24,9 @@ from rlm_docker.engine import BUILT_IMAGE, connect, explained
 
 @functools.cache
 def why_no_engine() -> str | None:
-    """Why containers cannot be tested here, asked of the engine itself."""
+    """Why containers cannot be tested here, asked of the engine itself; None when they can."""
     try:
-        if not client().images.list(BUILT_IMAGE):
-            return f"the engine has no image {BUILT_IMAGE}: run `rlm docker build`"
+        client().ping()
     except SandboxUnavailable as error:
         return str(error)
     except Exception as error:  # the SDK's, requests' or the system's
@@ -42,9 +41,11 @@ def client() -> Any:
 
 
 def need_engine() -> None:
-    """Skip without an engine, or fail where none may be missing."""
+    """Skip without an engine that has the image, or fail where none may be missing."""
     if reason := why_no_engine():
         unavailable(reason)
+    if not client().images.list(BUILT_IMAGE):
+        unavailable(f"the engine has no image {BUILT_IMAGE}: run `rlm docker build`")
 
 
 def containers(pid: int | None = None) -> list[Any]:
@@ -132,13 +133,17 @@ asyncio.run(main())
 
 
 @contextlib.contextmanager
-def second_engine() -> Iterator[SecondEngine]:
-    """A running engine without images. Skips where none can be started."""
+def second_engine(disk: str | None = None) -> Iterator[SecondEngine]:
+    """A running engine without images, on a ``disk`` of that size. Skips where none can be started."""
     need_engine()
     if os.geteuid() != 0 or shutil.which("dockerd") is None:
         unavailable("a second engine takes root and dockerd")
     folder = Path(tempfile.mkdtemp(prefix="rlm-engine-"))
     engine = SecondEngine(folder)
+    if disk is not None:
+        (folder / "data").mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={disk}", "tmpfs", str(folder / "data")]
+        subprocess.run(command, check=True)
     try:
         engine.start()
         yield engine

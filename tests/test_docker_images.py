@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 import io
@@ -22,11 +21,14 @@ from typing import Any
 
 import pytest
 from conftest import unavailable
+from docker_support import second_engine, why_no_engine
 from typer.testing import CliRunner
 
 from rlm.errors import ConfigError, SandboxUnavailable
 from rlm_docker import images
 from rlm_docker.commands import app
+from rlm_docker.engine import BUILT_IMAGE
+from rlm_docker.errors import EngineDiskFull
 from rlm_docker.images import BuiltImage, archive, build, recipe
 from rlm_docker.pack import pack
 
@@ -63,15 +65,6 @@ sqlite3, ssl, unicodedata, uuid, zlib, zoneinfo"
 )
 
 NewTag = Callable[[], str]
-
-
-@functools.cache
-def why_no_engine() -> str | None:
-    """Why there is no engine to test against, asked of the engine; None when there is one."""
-    if shutil.which("docker") is None:
-        return "the docker command is not installed"
-    done = subprocess.run(["docker", "version"], capture_output=True, text=True, timeout=60)
-    return f"no Docker engine answers: {done.stderr.strip()}" if done.returncode else None
 
 
 @pytest.fixture(scope="module")
@@ -400,69 +393,25 @@ def test_no_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
         build("interpreter", "name")
 
 
-class Engine:
-    """An engine that refuses what it is given, in the place of the SDK."""
-
-    class DockerException(Exception):
-        pass
-
-    def __init__(self, said: str, machine: str = "") -> None:
-        self.said, self.machine = said, machine or images._architecture()
-        self.errors, self.images = self, self
-
-    def from_env(self, timeout: float) -> Engine:
-        return self
-
-    def ping(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def version(self) -> dict[str, str]:
-        return {"Os": "linux", "Arch": self.machine}
-
-    def load(self, data: Iterator[bytes]) -> None:
-        raise self.DockerException(self.said)
-
-    def build(self, **settings: Any) -> None:
-        raise self.DockerException(self.said)
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ("write /x: no space left on device", "disk is full; `docker system prune`"),
-        ("layers are from Mars", "the Docker engine failed: layers are from Mars"),
-    ],
-)
-@pytest.mark.skipif(sys.platform != "linux", reason="packs the running Python")
-def test_engine_that_refuses(said: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "docker", Engine(said))
-    monkeypatch.setattr(images, "_make_rootfs", lambda output, *_: output.write_bytes(b""))
-    with pytest.raises(SandboxUnavailable, match=re.escape(message)):
-        build("interpreter", "name")
-
-
-def test_full_disk_is_not_blamed_on_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "docker", Engine("no space left on device"))
-    with pytest.raises(SandboxUnavailable, match=r"^the Docker engine's disk is full"):
-        build("registry", "name")
+def test_an_engine_whose_disk_is_full_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with second_engine(disk="24m") as small:
+        monkeypatch.setenv("DOCKER_HOST", small.host)
+        with pytest.raises(EngineDiskFull, match="docker system prune"):
+            build("interpreter", "rlm-img-test:too-large")
 
 
 def test_full_disk_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(sys.modules, "docker", Engine(""))
     monkeypatch.setattr(images, "pack", fill)
     with pytest.raises(SandboxUnavailable, match="TMPDIR"):
         build("interpreter", "name")
 
 
 def test_engine_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "docker", Engine("", machine="s390x"))
-    with pytest.raises(SandboxUnavailable, match=r"engine runs linux/s390x.*--from registry"):
+    monkeypatch.setattr(images, "_architecture", lambda: "riscv64")
+    with pytest.raises(SandboxUnavailable, match=r"is for linux/riscv64.*--from registry"):
         build("interpreter", "name")
 
 
@@ -527,7 +476,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_command_builds_the_default_image(asked: list[Any]) -> None:
     done = CliRunner().invoke(app, ["build"], catch_exceptions=False)
     assert done.exit_code == 0
-    assert asked == [(images.default_source(), images.DEFAULT_TAG, {"target": "plain", "packages": None})]
+    assert asked == [(images.default_source(), BUILT_IMAGE, {"target": "plain", "packages": None})]
     assert "rlm-sandbox:latest  sha256:abc" in done.output
     assert "56 MB" in done.output
     assert 'RLM(environment="docker")' in done.output

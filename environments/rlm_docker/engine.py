@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import os
@@ -17,7 +18,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rlm.errors import SandboxUnavailable
+from rlm.errors import RLMError, SandboxUnavailable
 
 from . import ownership
 from .errors import (
@@ -177,7 +178,24 @@ def sdk() -> Any:
     return docker
 
 
-def connect(host: str | None = None) -> Any:
+@contextlib.contextmanager
+def connected(doing: str, *, timeout: float = REQUEST_TIMEOUT) -> Iterator[Any]:
+    """A client of the SDK for a while; what fails meanwhile is a SandboxUnavailable, explained."""
+    client = None
+    try:
+        knock(None)
+        client = connect(timeout=timeout)
+        yield client
+    except RLMError:
+        raise
+    except Exception as error:  # the SDK raises its own, requests', urllib3's and the system's
+        raise explained(error, doing) from error
+    finally:
+        if client is not None:
+            client.close()
+
+
+def connect(host: str | None = None, *, timeout: float = REQUEST_TIMEOUT) -> Any:
     """A client of the SDK for the engine that the ``docker`` command would talk to."""
     docker = sdk()
     environment = dict(os.environ)
@@ -187,7 +205,7 @@ def connect(host: str | None = None) -> Any:
         environment["DOCKER_HOST"] = host
     over_ssh = environment.get("DOCKER_HOST", "").startswith("ssh://")
     return docker.from_env(
-        environment=environment, timeout=REQUEST_TIMEOUT, use_ssh_client=over_ssh, max_pool_size=THREADS
+        environment=environment, timeout=timeout, use_ssh_client=over_ssh, max_pool_size=THREADS
     )
 
 

@@ -25,10 +25,9 @@ from typing import Any, Literal, get_args
 
 from rlm.errors import ConfigError, SandboxUnavailable
 
+from . import engine as engines
+from .engine import BUILT_IMAGE
 from .pack import EPOCH, pack
-
-DEFAULT_TAG = "rlm-sandbox:latest"
-"""The image that ``environment="docker"`` starts unless told otherwise."""
 
 Source = Literal["registry", "debian", "interpreter"]
 Target = Literal["plain", "science"]
@@ -72,7 +71,7 @@ def default_source() -> Source:
 
 
 def build(
-    source: Source, tag: str = DEFAULT_TAG, *, target: Target = "plain", packages: Path | None = None
+    source: Source, tag: str = BUILT_IMAGE, *, target: Target = "plain", packages: Path | None = None
 ) -> BuiltImage:
     """Make an image and have the engine hold it as ``tag``.
 
@@ -81,7 +80,7 @@ def build(
     """
     _check(source, tag, target, packages)
     started = time.monotonic()
-    with _client() as client:
+    with engines.connected("build an image", timeout=TIMEOUT) as client:
         if source == "registry":
             _build_from_registry(client, tag, target)
         else:
@@ -252,49 +251,6 @@ def _padding(size: int) -> bytes:
 # --- the engine -----------------------------------------------------------------------------
 
 
-@contextmanager
-def _client() -> Iterator[Any]:
-    """A connection to the engine, in which what it refuses is an error that says what to do."""
-    docker = _sdk()
-    try:
-        client = docker.from_env(timeout=TIMEOUT)
-        client.ping()
-    except docker.errors.DockerException as error:
-        raise SandboxUnavailable(
-            f"no Docker engine answers ({error}). Start it, or name another one in DOCKER_HOST"
-        ) from error
-    try:
-        yield client
-    except (docker.errors.DockerException, *_connection_errors()) as error:
-        raise SandboxUnavailable(_why_engine_failed(str(error))) from error
-    finally:
-        client.close()
-
-
-def _sdk() -> Any:
-    """The Docker SDK; in a checkout without it the folder docker/ would be imported in its place."""
-    try:
-        import docker
-    except ImportError:
-        docker = None
-    if not hasattr(docker, "from_env"):
-        raise SandboxUnavailable("the Docker SDK is not installed: pip install 'rlm[docker]'")
-    return docker
-
-
-def _connection_errors() -> tuple[type[Exception], ...]:
-    """What the SDK lets through when its connection breaks."""
-    import requests
-
-    return (requests.RequestException,)
-
-
-def _why_engine_failed(said: str) -> str:
-    if _is_full(said):
-        return f"the Docker engine's disk is full; `docker system prune` removes what nothing uses: {said}"
-    return f"the Docker engine failed: {said}"
-
-
 def _is_full(said: str) -> bool:
     return os.strerror(errno.ENOSPC).lower() in said.lower()
 
@@ -320,7 +276,7 @@ def _load(client: Any, rootfs: Path, tag: str) -> None:
 
 
 def _build_from_registry(client: Any, tag: str, target: Target) -> None:
-    docker = _sdk()
+    docker = engines.sdk()
     try:
         with recipe("sandbox.Dockerfile").open("rb") as file:
             client.images.build(fileobj=file, tag=tag, target=target, rm=True, forcerm=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 
-from rlm.errors import SandboxUnavailable
-
 from .container import Container
+
+log = logging.getLogger("rlm.docker")
 
 Start = Callable[[], Awaitable[Container]]
 
@@ -44,14 +44,18 @@ class Pool:
         for _ in range(self.size - len(self._warm) - len(self._filling)):
             task = asyncio.get_running_loop().create_task(self._add())
             self._filling.add(task)
-            task.add_done_callback(self._filling.discard)
+            task.add_done_callback(self._filled)
         return list(self._filling)
 
     async def _add(self) -> None:
-        with contextlib.suppress(SandboxUnavailable):  # who needs one will start it, and be told
-            container = await self._start()
-            self._warm.append(container)
-            asyncio.get_running_loop().call_later(self._idle, self._expire, container)
+        container = await self._start()
+        self._warm.append(container)
+        asyncio.get_running_loop().call_later(self._idle, self._expire, container)
+
+    def _filled(self, task: asyncio.Task[None]) -> None:
+        self._filling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.info("no container could be started ahead: %s", error)  # who needs one will be told
 
     def _expire(self, container: Container) -> None:
         if container in self._warm:
