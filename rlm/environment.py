@@ -16,7 +16,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from . import context as contexts
 from . import protocol
@@ -101,6 +101,8 @@ class BaseEnv(ABC):
     """
 
     isolation: Isolation = Isolation("unknown")
+    suite: ClassVar[str] = "rlm.testing:EnvironmentSuite"
+    """Where its conformance suite is, as ``"module:class"``; that says what it claims to offer."""
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -108,10 +110,10 @@ class BaseEnv(ABC):
         self._arguments = (args, kwargs)
         return self
 
-    def fresh(self) -> Self:
-        """Another one with the same settings, not started: an object is a pattern for its runs."""
+    def fresh(self, **changes: Any) -> Self:
+        """Another one with the same settings but for these, not started: an object is a pattern for its runs."""
         args, kwargs = self._arguments
-        return type(self)(*args, **kwargs)
+        return type(self)(*args, **{**kwargs, **changes})
 
     @abstractmethod
     async def start(self, host: Host) -> None:
