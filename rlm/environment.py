@@ -111,7 +111,7 @@ class BaseEnv(ABC):
         return self
 
     def fresh(self, **changes: Any) -> Self:
-        """Another one with the same settings but for these, not started: an object is a pattern for its runs."""
+        """Another one, not started, with the same settings but for these: an object is a pattern."""
         args, kwargs = self._arguments
         return type(self)(*args, **{**kwargs, **changes})
 
