@@ -43,6 +43,10 @@ def test_home_and_temporary_directory_are_the_scratch_directory(repl: Cells) -> 
     assert len(set(repl.value(code))) == 1
 
 
+def test_every_session_has_a_directory_of_its_own(open_cells: Callable[..., Cells]) -> None:
+    assert len({open_cells().value("import os; os.getcwd()") for _ in range(3)}) == 3
+
+
 @pytest.mark.parametrize("path", ["/etc/shadow", "/etc/passwd", "/etc/hosts", "/root/.bashrc", "/proc/kcore", "/dev/mem", "/dev/kmsg",
                                   "/sys/kernel", "/run", "/var/log", "/etc", "/home"])  # fmt: skip
 def test_a_secret_place_of_the_system_cannot_be_read(repl: Cells, path: str) -> None:

@@ -60,8 +60,8 @@ def run(
             configuration.write_text("[pytest]\n")
             arguments = [
                 str(collected.__file__), "-c", str(configuration), "--rootdir", folder,
-                "--noconftest",
-                "--import-mode=append", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler",
+                "--noconftest", "--import-mode=append", "-p", "no:asyncio",
+                "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler",
             ]  # fmt: skip
             code = pytest.main(arguments, plugins=[collector])
     finally:

@@ -314,21 +314,21 @@ class IsolationLevel(Suite):
     @requires("network-none", "cpython")
     def test_a_cell_reaches_nothing_outside(self, repl: Cells) -> None:
         self.need(repl, "network")
-        code = f"{REACHING}\n[target for target in {OUTSIDE!r} if attempt(*target)]"
+        code = f"{REACHING}\n[str(target) for target in {OUTSIDE!r} if attempt(*target)]"
         assert repl.value(code, timeout=60) == []
 
     @requires("network-none", "cpython")
     def test_a_cell_reaches_no_service_of_the_host(self, repl: Cells, host_folder: Path) -> None:
         self.need(repl, "network")
         with Services(host_folder) as services:
-            code = f"{REACHING}\n[target for target in {services.targets!r} if attempt(*target)]"
+            code = f"{REACHING}\n[str(target) for target in {services.targets!r} if attempt(*target)]"
             assert repl.value(code, timeout=90) == []
             assert services.reached() == []
 
     @requires("isolation", "cpython")
     def test_a_cell_reaches_no_engine_of_containers_and_no_bus(self, repl: Cells) -> None:
         targets = [("unix", path) for path in ENGINES]
-        assert repl.value(f"{REACHING}\n[target for target in {targets!r} if attempt(*target)]") == []
+        assert repl.value(f"{REACHING}\n[str(target) for target in {targets!r} if attempt(*target)]") == []
 
     @requires("isolation", "cpython")
     def test_a_cell_holds_no_connection_of_the_hosts(self, repl: Cells) -> None:
@@ -582,7 +582,8 @@ class IsolationLevel(Suite):
 
 def _facts(path: Path) -> tuple[object, ...]:
     found = path.stat()
-    return found.st_mode, found.st_mtime, found.st_uid, found.st_nlink, path.read_text(), os.listxattr(path)
+    attributes = os.listxattr(path) if hasattr(os, "listxattr") else []
+    return found.st_mode, found.st_mtime, found.st_uid, found.st_nlink, path.read_text(), attributes
 
 
 class Services:
@@ -595,7 +596,9 @@ class Services:
         for address in ("127.0.0.1", *own_addresses()):
             with contextlib.suppress(OSError):
                 self._listen_on(address)
-        self._listen_at(str(folder / "service"), f"\0rlm-suite-{secrets.token_hex(8)}")
+        self._listen_at(str(folder / "service"))
+        if sys.platform == "linux":
+            self._listen_at(f"\0rlm-suite-{secrets.token_hex(8)}")
         with contextlib.suppress(OSError, AttributeError):
             self._listen_on_vsock()
 
@@ -611,15 +614,14 @@ class Services:
             self.targets += [("tcp", [name, port]), ("udp", [name, port]), ("bash", [name, port])]
         self.targets.append(("http", f"http://{address}:{port}/"))
 
-    def _listen_at(self, *names: str) -> None:
-        for name in names:
-            server = socket.socket(socket.AF_UNIX)
-            self._servers.append((f"unix {name!r}", server))
-            server.bind(name)
-            server.listen()
-            if not name.startswith("\0"):
-                os.chmod(name, stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO)
-            self.targets += [("unix", name), ("unix datagram", name)]
+    def _listen_at(self, name: str) -> None:
+        server = socket.socket(socket.AF_UNIX)
+        self._servers.append((f"unix {name!r}", server))
+        server.bind(name)
+        server.listen()
+        if not name.startswith("\0"):
+            os.chmod(name, stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO)
+        self.targets += [("unix", name), ("unix datagram", name)]
 
     def _listen_on_vsock(self) -> None:
         server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)

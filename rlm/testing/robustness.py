@@ -34,11 +34,13 @@ EXPECTED = [1, 2, True, 14, 4, 10, "the context"]
 
 
 def prepare(repl: Cells) -> None:
+    """A context, and variables of every kind."""
     repl.repl.add_context("the context")
     repl.ok(BEFORE)
 
 
 def assert_intact(repl: Cells) -> None:
+    """All that `prepare` made is there, and works."""
     assert repl.value(AFTER) == EXPECTED
 
 

@@ -25,6 +25,9 @@ HANG = 120
 CELL = 30.0
 """Seconds of computing a cell of a test gets unless it says otherwise."""
 
+PATIENCE = 10.0
+"""Seconds within which what must come about does; no test that passes waits for them."""
+
 Serve = Callable[[protocol.Call, list[str]], Awaitable[Sequence[str | RLMError]]]
 
 
@@ -126,9 +129,9 @@ def unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float | None = None) -> bool:
     """Whether ``condition`` comes true within a generous bound."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + (PATIENCE if seconds is None else seconds)
     while not condition():
         if time.monotonic() > deadline:
             return False
