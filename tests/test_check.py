@@ -202,18 +202,7 @@ def test_the_guides_sample_works_in_a_repository_without_any_configuration(tmp_p
     sample = re.search(r"^```python\n(import pytest.*?)^```", GUIDE, re.M | re.S)
     assert sample
     (tmp_path / "test_mine.py").write_text(sample.group(1))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:asyncio",
-        "-rs",
-        "-k",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-rs"]
     names = "names_live or llm_query_returns or awaiting_works_after_a_rollback"
     done = subprocess.run(
         [*command, "-k", names], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,

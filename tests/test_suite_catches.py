@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import broken_environments as broken
@@ -75,6 +76,8 @@ def no_litter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_an_environment_that_breaks_a_promise_is_caught(
     environment: type[BaseEnv], test: str, because: str
 ) -> None:
+    if "privileges" in test and os.geteuid() != 0:
+        pytest.skip("this user has no privileges that a cell could be left with")
     results = run(LocalSuite, environment(), names=[test])
     failed = [result for result in results if result.outcome == "failed"]
     assert failed, [f"{result.outcome} {result.reason}" for result in results]
