@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, plugins
-from .errors import RLMError, SandboxUnavailable
+from .errors import ConfigError, RLMError, SandboxUnavailable
 
 if TYPE_CHECKING:
     from .environment import SandboxInfo
@@ -142,10 +142,66 @@ def _as_json(result: Any) -> str:
     return msgspec.json.encode(fields).decode()
 
 
-@app.command()
-def environments() -> None:
+environments_app = typer.Typer(
+    add_completion=False,
+    invoke_without_command=True,
+    help="The environments that are installed, where they come from, and whether they work here.",
+)
+app.add_typer(environments_app, name="environments")
+
+
+@environments_app.callback()
+def environments(context: typer.Context) -> None:
     """The environments that are installed, where they come from, and whether they work here."""
-    _list("rlm.environments", "environment", _try_environment)
+    if context.invoked_subcommand is None:
+        _list("rlm.environments", "environment", _try_environment)
+
+
+@environments_app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="An environment: see `rlm environments`.")],
+    level: Annotated[
+        str | None, typer.Option(help="Levels to check, comma-separated; all by default.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="A keyword for the environment, KEY=VALUE; VALUE may be JSON.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="Write the full report to this file.")] = None,
+) -> None:
+    """Run the conformance suite against an environment. Exit code 1 when it fails."""
+    try:
+        from .testing import check as suite
+    except ImportError as error:
+        if error.name not in ("pytest", "_pytest"):
+            raise
+        raise ConfigError("checking an environment needs pytest: pip install 'rlm[testing]'") from None
+    settings = dict(_keyword(text) for text in setting or [])
+    levels = [word.strip() for word in level.split(",")] if level else []
+    found = suite.check(name, settings, levels=levels, on_result=_progress)
+    if report is not None:
+        report.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    _show(found)
+    raise typer.Exit(1 if found["failed"] else 0)
+
+
+def _progress(result: Any) -> None:
+    """One character a test, on the terminal's own channel."""
+    typer.echo({"passed": ".", "failed": "F", "skipped": "s"}.get(result.outcome, "x"), nl=False, err=True)
+
+
+def _show(report: dict[str, Any]) -> None:
+    typer.echo(err=True)
+    outcomes = ("passed", "failed", "known failure", "skipped")
+    table = Table("level", *outcomes)
+    for level, counts in report["levels"].items():
+        table.add_row(level, *(str(counts[outcome]) for outcome in outcomes))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for title in ("failed", "known_failures"):
+        for name, reason in report[title].items():
+            console.print(f"{title.replace('_', ' ')}: {name}: {reason.splitlines()[0]}", soft_wrap=True)
+    for reason, names in report["skipped"].items():
+        console.print(f"skipped {len(names)}: {reason}", soft_wrap=True)
 
 
 @app.command()

@@ -16,7 +16,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from . import context as contexts
 from . import protocol
@@ -142,6 +142,8 @@ class BaseEnv(ABC):
     """
 
     isolation: Isolation = Isolation("unknown")
+    suite: ClassVar[str] = "rlm.testing:EnvironmentSuite"
+    """Where its conformance suite is, as ``"module:class"``; that says what it claims to offer."""
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -149,10 +151,10 @@ class BaseEnv(ABC):
         self._arguments = (args, kwargs)
         return self
 
-    def fresh(self) -> Self:
-        """Another one with the same settings, not started: an object is a pattern for its runs."""
+    def fresh(self, **changes: Any) -> Self:
+        """Another one, not started, with the same settings but for these: an object is a pattern."""
         args, kwargs = self._arguments
-        return type(self)(*args, **kwargs)
+        return type(self)(*args, **{**kwargs, **changes})
 
     @abstractmethod
     async def start(self, host: Host) -> None:

@@ -157,7 +157,7 @@ class RLM:
     ) -> RLMChatCompletion:
         config = self.config
         if self._new_environment is None:
-            self._new_environment = _environment_factory(config.environment, config.environment_kwargs)
+            self._new_environment = environment_factory(config.environment, config.environment_kwargs)
         ledger = Ledger(config.limits())
         handler = LMHandler(client, ledger, events, concurrency=config.max_concurrent_calls)
         async with handler:
@@ -214,7 +214,7 @@ class REPL:
         settings: dict[str, Any],
         on_output: Callable[[str, str], None],
     ) -> None:
-        self._new = _environment_factory(environment, settings)
+        self._new = environment_factory(environment, settings)
         self._backend = backend
         self._on_output = on_output
         self._env: BaseEnv | None = None
@@ -285,7 +285,7 @@ def open_repl(
     return REPL(environment, backend, settings, on_output)
 
 
-def _environment_factory(environment: Any, settings: dict[str, Any]) -> Callable[[], BaseEnv]:
+def environment_factory(environment: Any, settings: dict[str, Any]) -> Callable[[], BaseEnv]:
     """How to make a fresh environment from a name, a class, or an instance that serves as a pattern."""
     if isinstance(environment, BaseEnv):
         if settings:

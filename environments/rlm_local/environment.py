@@ -42,6 +42,8 @@ class LocalREPL(WorkerEnv):
     killed, or dies, takes all variables with it.
     """
 
+    suite = "rlm_local.suite:LocalSuite"
+
     def __init__(
         self,
         *,

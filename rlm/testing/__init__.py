@@ -1,0 +1,44 @@
+"""What an environment package tests itself with: needs ``pip install rlm[testing]``.
+
+`EnvironmentSuite` is everything that an environment promises, as tests that a package
+inherits. Its levels may be used one by one. See docs/conformance.md.
+"""
+
+# ruff: noqa: E402 (what is imported below has its assertions rewritten, when that was said before)
+
+from __future__ import annotations
+
+import pytest
+
+for _module in ("contract", "calls", "robustness", "isolation", "hygiene", "protocol"):
+    pytest.register_assert_rewrite(f"{__name__}.{_module}")
+
+from .calls import Calls
+from .contract import Contract
+from .hygiene import Hygiene
+from .isolation import IsolationLevel
+from .protocol import Protocol
+from .robustness import Robustness
+from .sessions import Cells, Sandbox
+from .suite import CAPABILITIES, CONTRACT_VERSION, Suite, requires
+
+
+class EnvironmentSuite(Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol):
+    """All levels. Inherit it as ``TestSomething``, and define the fixture ``environment``."""
+
+
+__all__ = [
+    "CAPABILITIES",
+    "CONTRACT_VERSION",
+    "Calls",
+    "Cells",
+    "Contract",
+    "EnvironmentSuite",
+    "Hygiene",
+    "IsolationLevel",
+    "Protocol",
+    "Robustness",
+    "Sandbox",
+    "Suite",
+    "requires",
+]
