@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import eventually, unavailable
-
 from rlm.errors import SandboxUnavailable
+from rlm.testing.sessions import eventually, unavailable
 from rlm_docker import ownership
 from rlm_docker.engine import BUILT_IMAGE, connect, explained
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import unavailable
 from docker_support import second_engine, why_no_engine
 from typer.testing import CliRunner
 
 from rlm.errors import ConfigError, SandboxUnavailable
+from rlm.testing.sessions import unavailable
 from rlm_docker import images
 from rlm_docker.commands import app
 from rlm_docker.engine import BUILT_IMAGE

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import eventually
 from docker_support import all_gone, client, containers, need_engine, second_engine, since, within
 
 from rlm import RLM, hostloop, open_repl
 from rlm.environment import BaseEnv
 from rlm.errors import SandboxError, SandboxLost
 from rlm.rlm import REPL
+from rlm.testing.sessions import eventually
 from rlm_docker import DockerREPL, ownership
 from rlm_docker.engine import BUILT_IMAGE
 from rlm_docker.errors import (

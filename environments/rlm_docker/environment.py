@@ -46,6 +46,8 @@ class DockerREPL(WorkerEnv):
     default isolation is named in `Isolation.missing`, and so in the trace.
     """
 
+    suite = "rlm_docker.suite:DockerSuite"
+
     def __init__(
         self,
         *,
