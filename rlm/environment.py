@@ -15,12 +15,12 @@ import dataclasses
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from . import context as contexts
 from . import protocol
-from .errors import ConfigError, SandboxError, SandboxLost
+from .errors import ConfigError, RLMError, SandboxError, SandboxLost
 from .handler import LMHandler
 from .session import ServeCalls, Session
 from .wire import FrameError
@@ -33,6 +33,9 @@ INTERRUPT_GRACE = 0.5
 
 RECOVERY_TIMEOUT = 10.0
 """Seconds a supervisor gets to kill a cell and bring the session back."""
+
+PART = 1 << 20
+"""Bytes of a context that travel in one frame, so that no end need hold all of it twice."""
 
 AUTOPSY_TIMEOUT = 10.0
 """Seconds an environment gets to find out why its sandbox died."""
@@ -321,10 +324,10 @@ class WorkerEnv(BaseEnv):
         self._pending[header["id"]] = future
         return future
 
-    def _send_if_connected(self, header: dict[str, Any]) -> None:
+    def _send_if_connected(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
         with contextlib.suppress(SandboxLost):
             assert self.session is not None
-            self.session.send(header)
+            self.session.send(header, blobs)
 
     def _receive(self, message: protocol.Message, blobs: list[bytes]) -> None:
         if isinstance(message, protocol.Output):
@@ -349,7 +352,7 @@ class WorkerEnv(BaseEnv):
         self._contexts_are_gone = self._contexts_are_gone or crash.state == "lost"
         for number, future in self._pending.items():
             if number < 0 and not future.done():  # a load that will not be answered any more
-                future.set_exception(SandboxError("the sandbox's process died while it loaded a context"))
+                future.set_exception(_load_error(crash))
 
     def _connection_lost(self, lost: asyncio.Future[str]) -> None:
         if self._death is None:
@@ -402,14 +405,26 @@ class WorkerEnv(BaseEnv):
         form, data = contexts.encode(value)
         self._loads += 1
         number = -self._loads  # cells are numbered from 1, as their tracebacks say
-        shared = self.share(data)
-        header = {"t": "load", "id": number, "names": names, "format": form, "shared": shared}
+        header = {"t": "load", "id": number, "names": names, "format": form}
         try:
-            message, _ = await self._ask(header, [] if shared else [data])
+            message, _ = await self._send_context(header, data)
         finally:
             self._pending.pop(number, None)
         if isinstance(message, protocol.Loaded) and message.error:
             raise ConfigError(f"the context cannot be loaded in the sandbox: {message.error}")
+
+    def _send_context(
+        self, header: dict[str, Any], data: bytes
+    ) -> asyncio.Future[tuple[protocol.Message, list[bytes]]]:
+        """By the shortest way there is: shared memory, or one frame, or parts of the size of a read."""
+        if self.share(data):
+            return self._ask({**header, "shared": True}, [])
+        if len(data) <= PART:
+            return self._ask(header, [data])
+        reply = self._ask({**header, "size": len(data)}, [])
+        for start in range(0, len(data), PART):
+            self._send_if_connected({"t": "part", "id": header["id"]}, [data[start : start + PART]])
+        return reply
 
     async def _restore_contexts(self) -> None:
         """After the loss of a namespace: the contexts, at least, are the host's to give again."""
@@ -462,6 +477,12 @@ def _plain(text: str | None) -> Any:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _load_error(crash: protocol.Crash) -> RLMError:
+    if crash.cause == "memory":
+        return ConfigError("the context cannot be loaded: it does not fit into the sandbox's memory limit")
+    return SandboxError("the sandbox's process died while it loaded a context")
 
 
 def _losses(crash: protocol.Crash) -> tuple[str, ...]:

@@ -58,6 +58,8 @@ RESTART_LIMIT = 3
 
 CHANNEL_CLOSED = "its connection was closed from within"
 
+NO_ROOM = "it does not fit into the sandbox's memory limit"
+
 _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 
 PLAIN_LIMIT = 1 << 20
@@ -128,6 +130,24 @@ class Outbox:
                 self._chunks.popleft()
             else:
                 self._chunks[0] = self._chunks[0][written:]
+
+
+class Incoming:
+    """A context on its way to the executor: a file in memory that fills up."""
+
+    def __init__(self, number: int, size: int, frame: bytes) -> None:
+        self.id = number
+        self.frame = frame
+        self.descriptor = os.memfd_create("context")
+        self._left = size
+
+    def add(self, data: bytes) -> bool:
+        """Take the next part. True when it was the last."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.descriptor, view) :]
+        self._left -= len(data)
+        return self._left <= 0
 
 
 class Captured:
@@ -214,6 +234,7 @@ class Supervisor:
         self._obituary: dict[str, Any] | None = None
         self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
         self._memory_kills = _out_of_memory_kills()
+        self._incoming: Incoming | None = None
 
     def run(self) -> NoReturn:
         """Serve until the host closes the stream, then leave nothing behind."""
@@ -351,12 +372,18 @@ class Supervisor:
         elif kind == "kill":
             if self._cell == message["id"] and self._crash is None:
                 self._recover({"cause": "killed", "code": 0})
-        elif self._crash is not None and kind in ("execute", "load"):
+        elif self._crash is not None and kind in ("execute", "load", "part"):
             # until the dead cell's output and end are reported, nothing new may print
             self._held.append((message, header, blobs))
         elif kind == "load" and message.get("shared"):
             self._loading.append(message["id"])
-            self._forward_shared(wire.join(header, blobs))
+            assert self._lane is not None
+            self._forward(wire.join(header), _receive_with_descriptor(self._lane, 1)[1])
+        elif kind == "load" and message.get("size"):
+            self._loading.append(message["id"])
+            self._begin_parts(message, wire.join(header))
+        elif kind == "part":
+            self._add_part(message, blobs[0])
         else:
             if kind == "execute":
                 self._cell = message["id"]
@@ -370,10 +397,8 @@ class Supervisor:
         except ConnectionError:
             self._recover({"cause": CHANNEL_CLOSED, "code": 0})
 
-    def _forward_shared(self, frame: bytes) -> None:
-        """Hand a descriptor that came through the lane on to the executor."""
-        assert self._lane is not None
-        _, descriptor = _receive_with_descriptor(self._lane, 1)
+    def _forward(self, frame: bytes, descriptor: int) -> None:
+        """Hand a frame and the descriptor of its data on to the executor, and close that."""
         try:
             self._channel.setblocking(True)
             self._to_executor.flush()
@@ -383,6 +408,22 @@ class Supervisor:
             self._recover({"cause": CHANNEL_CLOSED, "code": 0})
         finally:
             os.close(descriptor)
+
+    # -- contexts that come in parts: kept once, outside of this process, and handed on whole
+
+    def _begin_parts(self, message: dict[str, Any], frame: bytes) -> None:
+        if message["size"] > _free_memory():
+            self._finish_load({"id": message["id"], "error": "MemoryError: " + NO_ROOM})
+        else:
+            self._incoming = Incoming(message["id"], message["size"], frame)
+
+    def _add_part(self, message: dict[str, Any], data: bytes) -> None:
+        incoming = self._incoming
+        if incoming is None or incoming.id != message["id"]:
+            return  # it was refused, or its executor has died: the host has been told
+        if incoming.add(data):
+            self._incoming = None
+            self._forward(incoming.frame, incoming.descriptor)
 
     def _read_executor(self, channel: int) -> None:
         try:
@@ -548,6 +589,9 @@ class Supervisor:
         self._channel.close()
         if not self._greeted or self._restarts > RESTART_LIMIT:
             self._give_up_session(cause)
+        if self._incoming is not None:
+            os.close(self._incoming.descriptor)
+            self._incoming = None
         if self._crash is not None:  # the standby died while it took over
             self._slot.pid = 0
             cause = self._crash
@@ -689,6 +733,23 @@ class StandbySlot:
 
 _MEMORY_EVENTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 """Where a container finds its own cgroup's counters, in version 2 and in version 1."""
+
+
+_MEMORY_USE = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _free_memory() -> int:
+    """Bytes that this container may still use; very many where nothing limits them."""
+    for limit, use in _MEMORY_USE:
+        try:
+            with open(limit, "rb") as limit_file, open(use, "rb") as use_file:
+                return int(limit_file.read()) - int(use_file.read())
+        except (OSError, ValueError):
+            pass  # not this version, no cgroup of our own, or "max"
+    return wire.UNLIMITED
 
 
 def _out_of_memory_kills() -> int:
@@ -1258,7 +1319,7 @@ class Executor:
             self._namespace.restore()
         except Exception as error:  # whatever unpickling raises is the host's to report
             no_room = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
-            text = "it does not fit into the sandbox's memory limit" if no_room else str(error)
+            text = NO_ROOM if no_room else str(error)
             reply["error"] = _text(f"{type(error).__name__}: {text}").decode()[:2000]
         self._calls.send(reply)
 

@@ -18,7 +18,8 @@ class DockerSuite(EnvironmentSuite):
     where = "a container of its own, on any Docker engine, local or remote"
     between = (
         "the container: no network, read-only root, nothing of the host mounted, no capabilities, an "
-        "unprivileged user, limits on memory, cpu, processes and files; and seccomp filters, the engine's and ours"
+        "unprivileged user, limits on memory, cpu, processes and files; and "
+        "seccomp filters, the engine's and ours"
     )
     first_cell = "about 0.3 s; milliseconds from a warm pool (`prewarm`)"
 
