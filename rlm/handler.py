@@ -9,6 +9,7 @@ token; what a session's calls may do is decided by the function that serves it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -76,16 +77,17 @@ class LMHandler:
         self._server = await loop.create_server(self._connection, host, port, backlog=BACKLOG)
         return self
 
-    async def adopt(self, stream: socket.socket) -> None:
+    async def adopt(self, stream: socket.socket, session: Session) -> None:
         """Treat a connected socket as if its other end had connected to `address`.
 
-        For a launcher that holds a stream to its worker already: it need prove its session
-        like any other, and saves the detour over a port.
+        For a launcher that holds a stream to its worker already. The worker proves its session
+        like any other; should the stream end before that, ``session`` is told.
         """
-        await asyncio.get_running_loop().connect_accepted_socket(self._connection, stream)
+        connection = functools.partial(self._connection, session)
+        await asyncio.get_running_loop().connect_accepted_socket(connection, stream)
 
-    def _connection(self) -> Connection:
-        return Connection(self._find_session, self._strangers)
+    def _connection(self, expected: Session | None = None) -> Connection:
+        return Connection(self._find_session, self._strangers, expected)
 
     async def __aexit__(self, *_: object) -> None:
         """Stop listening and end every session. Nothing here waits for a poll."""

@@ -195,8 +195,15 @@ def _reply(call: protocol.Call, answers: Answers) -> tuple[dict[str, Any], Blobs
 class Connection(asyncio.Protocol):
     """One accepted TCP connection: anonymous until its first frame names a session."""
 
-    def __init__(self, find: Callable[[str], Session | None], strangers: set[Connection]) -> None:
+    def __init__(
+        self,
+        find: Callable[[str], Session | None],
+        strangers: set[Connection],
+        expected: Session | None = None,
+    ) -> None:
         self._find = find
+        self._expected = expected
+        """Whose connection this is going to be, where a launcher knows."""
         self._strangers = strangers
         """Where a connection is listed until it has proved its session."""
         self._session: Session | None = None
@@ -252,8 +259,9 @@ class Connection(asyncio.Protocol):
         self._strangers.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        if self._session is not None:
-            self._session.detach(self._reason)
+        session = self._session or self._expected
+        if session is not None:
+            session.detach(self._reason)
 
     # -- ours
 

@@ -365,3 +365,18 @@ def test_anothers_container_without_our_label_is_never_listed() -> None:
         assert box.name not in [found.id for found in hostloop.run(DockerREPL.sandboxes())]
     finally:
         box.remove()
+
+
+def test_a_container_that_dies_as_it_is_handed_over_fails_at_once(own_kind: dict[str, Any]) -> None:
+    warm(own_kind)
+    try:
+        boxes = containers()
+        for box in boxes:  # as good as dead, and not known to be
+            box.pause()
+        within(1.0, lambda: [box.kill() for box in boxes])
+        start = time.monotonic()
+        with pytest.raises(SandboxError), open_repl("docker", **own_kind):
+            pass
+        assert since(start) < 30
+    finally:
+        drain(own_kind)

@@ -265,6 +265,43 @@ async def test_a_sandbox_that_does_not_report_is_unavailable(house: House) -> No
         await house.open().connected(0.01)
 
 
+# --- a stream that a launcher holds -------------------------------------------------------------
+
+
+async def adopted(house: House, session: Session) -> Peer:
+    """The far end of a stream that the handler has adopted for a session."""
+    ours, theirs = socket.socketpair()
+    await house.handler.adopt(theirs, session)
+    peer = Peer(*await asyncio.open_unix_connection(sock=ours))
+    house.peers.append(peer)
+    return peer
+
+
+async def test_an_adopted_stream_proves_its_session_and_makes_calls(house: House, neighbour: Peer) -> None:
+    session = house.open()
+    peer = await adopted(house, session)
+    peer.send(hello(session.token) + call(1, b"hi"))
+    await session.connected(PATIENCE)
+    assert await peer.receive() == ({"t": "reply", "id": 1, "blobs": [2]}, [b"HI"])
+
+
+async def test_an_adopted_stream_without_the_token_is_nobodys(house: House, neighbour: Peer) -> None:
+    session = house.open()
+    peer = await adopted(house, session)
+    peer.send(hello(f"{session.id}:{'0' * 64}"))
+    with pytest.raises(SandboxUnavailable, match="the token is of no session"):
+        await session.connected(PATIENCE)
+    await peer.ended()
+
+
+async def test_an_adopted_stream_that_ends_is_told_at_once_to_whoever_waits(house: House) -> None:
+    session = house.open()
+    peer = await adopted(house, session)
+    peer.finish()
+    with pytest.raises(SandboxUnavailable, match="closed the connection"):
+        await session.connected(PATIENCE)
+
+
 # --- one connection a session ------------------------------------------------------------------
 
 

@@ -69,6 +69,7 @@ class Container:
         self.attributes: dict[str, Any] = created.attrs
         """What the engine says the container is: the result of `docker inspect`."""
         self.stream: socket.socket | None = stream
+        self._handed_over: socket.socket | None = None
         self._engine = engine
         self._leash = leash
         self._keeper = keeper
@@ -172,9 +173,10 @@ class Container:
     def hand_over(self, token: str) -> socket.socket:
         """Tell the worker whose session this is. Returns the stream, which is the caller's from now on."""
         assert self.stream is not None, "a container serves one session"
-        stream, self.stream = self.stream, None
-        stream.send(wire.encode({"t": "session", "token": token}))
-        return stream
+        self._handed_over, self.stream = self.stream, None
+        with contextlib.suppress(OSError):  # whoever reads the stream will find that it has ended
+            self._handed_over.send(wire.encode({"t": "session", "token": token}))
+        return self._handed_over
 
     def release(self) -> None:
         """Let go: the worker ends with its stream, the container is removed. Does not wait. Safe twice."""
@@ -185,6 +187,9 @@ class Container:
         if self.stream is not None:
             self.stream.close()
             self.stream = None
+        if self._handed_over is not None:
+            with contextlib.suppress(OSError):  # closed already, as it should be
+                self._handed_over.shutdown(socket.SHUT_RDWR)
         leash, self._leash = self._leash, -1
         if leash >= 0:
             os.close(leash)

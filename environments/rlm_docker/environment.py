@@ -142,7 +142,7 @@ class DockerREPL(WorkerEnv):
             self._container = await self._pool().take()
         else:
             self._container = await self._start_container(run, session.id)
-        await handler.adopt(self._container.hand_over(session.token))
+        await handler.adopt(self._container.hand_over(session.token), session)
 
     async def stop(self) -> None:
         """Let the container go; it is removed in the background, before the process ends."""

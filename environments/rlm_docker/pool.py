@@ -11,6 +11,9 @@ from .container import Container
 
 log = logging.getLogger("rlm.docker")
 
+REFILL_DELAY = 0.2
+"""Seconds before what was taken is replaced: whoever took it begins undisturbed."""
+
 Start = Callable[[], Awaitable[Container]]
 
 
@@ -32,12 +35,15 @@ class Pool:
         while self._warm:
             container = self._warm.popleft()
             if container.is_warm:
-                self.fill()
+                self._fill_soon()
                 return container
             container.release()
         container = await self._start()
-        self.fill()  # after, not beside: whoever waits goes first
+        self._fill_soon()
         return container
+
+    def _fill_soon(self) -> None:
+        asyncio.get_running_loop().call_later(REFILL_DELAY, self.fill)
 
     def fill(self) -> list[asyncio.Task[None]]:
         """Start what is missing, in the background. Returns all that is starting."""
