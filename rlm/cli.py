@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -13,7 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, plugins
-from .errors import ConfigError, RLMError
+from .errors import ConfigError, RLMError, SandboxUnavailable
+
+if TYPE_CHECKING:
+    from .environment import SandboxInfo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +31,8 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; errors of ours are one line and exit code 1."""
     try:
+        for plugin in plugins.installed("rlm.commands"):
+            app.add_typer(plugin.load(), name=plugin.name)
         app()
     except RLMError as error:
         _complain(error)
@@ -201,6 +208,46 @@ def _show(report: dict[str, Any]) -> None:
 def clients() -> None:
     """The model clients that are installed, where they come from, and whether they can be imported."""
     _list("rlm.clients", "client", lambda plugin: (plugin.load(), "yes")[1])
+
+
+sandboxes = typer.Typer(no_args_is_help=True, help="Sandboxes that exist, whoever started them.")
+app.add_typer(sandboxes, name="sandboxes")
+
+
+@sandboxes.command("list")
+def list_sandboxes() -> None:
+    """What there is, and whose it is."""
+    table = Table("sandbox", "environment", "state", "owner", "age", "abandoned")
+    for found in _ask_environments("sandboxes"):
+        age = str(timedelta(seconds=round(time.time() - found.created)))
+        abandoned = "yes" if found.abandoned else ""
+        table.add_row(found.id, found.environment, found.state, found.owner, age, abandoned)
+    Console(highlight=False).print(table)
+
+
+@sandboxes.command()
+def prune() -> None:
+    """Remove what a process that is gone has left. Running sandboxes of others are never touched."""
+    removed = _ask_environments("sweep")
+    for found in removed:
+        typer.echo(f"removed {found.id} ({found.owner})")
+    typer.echo(f"{len(removed)} removed")
+
+
+def _ask_environments(question: Literal["sandboxes", "sweep"]) -> list[SandboxInfo]:
+    """Put a question of `SupportsSweep` to every environment that can answer it."""
+    from . import hostloop
+    from .environment import SupportsSweep
+
+    found: list[SandboxInfo] = []
+    for plugin in plugins.installed("rlm.environments"):
+        kind = plugin.load()
+        if isinstance(kind, SupportsSweep):
+            try:
+                found += hostloop.run(getattr(kind, question)())
+            except SandboxUnavailable as error:
+                typer.echo(f"{plugin.name}: {error}", err=True)
+    return found
 
 
 def _try_environment(plugin: plugins.Plugin) -> str:

@@ -9,6 +9,7 @@ token; what a session's calls may do is decided by the function that serves it.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Literal, TypeVar
@@ -72,10 +73,19 @@ class LMHandler:
     async def __aenter__(self) -> LMHandler:
         host, port = self._listen
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: Connection(self._find_session, self._strangers), host, port, backlog=BACKLOG
-        )
+        self._server = await loop.create_server(self._connection, host, port, backlog=BACKLOG)
         return self
+
+    async def adopt(self, stream: socket.socket) -> None:
+        """Treat a connected socket as if its other end had connected to `address`.
+
+        For a launcher that holds a stream to its worker already: it need prove its session
+        like any other, and saves the detour over a port.
+        """
+        await asyncio.get_running_loop().connect_accepted_socket(self._connection, stream)
+
+    def _connection(self) -> Connection:
+        return Connection(self._find_session, self._strangers)
 
     async def __aexit__(self, *_: object) -> None:
         """Stop listening and end every session. Nothing here waits for a poll."""

@@ -140,7 +140,7 @@ class Run:
         start = time.perf_counter()
         self._env = self._tree.new_environment()
         stack.push_async_callback(self._env.close)
-        await self._env.start(Host(self._tree.handler, self.serve, self._on_output))
+        await self._env.start(Host(self._tree.handler, self.serve, self._on_output, self._id))
         await self._env.add_context(self._context)
         isolation = self._env.isolation
         self._emit(

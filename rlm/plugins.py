@@ -1,7 +1,8 @@
 """A name to a class, by entry point.
 
 Environments and clients, the built-in ones included, are found in the entry-point groups
-``rlm.environments`` and ``rlm.clients``, and imported when first asked for by name.
+``rlm.environments`` and ``rlm.clients``, and imported when first asked for by name. What a
+package adds to the ``rlm`` command, a typer app, stands in ``rlm.commands``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, Literal
 
 from .errors import BrokenPlugin, PluginConflict, UnknownPlugin
 
-Group = Literal["rlm.environments", "rlm.clients"]
+Group = Literal["rlm.environments", "rlm.clients", "rlm.commands"]
 
-_WORD = {"rlm.environments": "environment", "rlm.clients": "backend"}
+_WORD = {"rlm.environments": "environment", "rlm.clients": "backend", "rlm.commands": "command"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,8 @@ RESTART_LIMIT = 3
 
 CHANNEL_CLOSED = "its connection was closed from within"
 
+NO_ROOM = "it does not fit into the sandbox's memory limit"
+
 _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 
 PLAIN_LIMIT = 1 << 20
@@ -130,6 +132,24 @@ class Outbox:
                 self._chunks[0] = self._chunks[0][written:]
 
 
+class Incoming:
+    """A context on its way to the executor: a file in memory that fills up."""
+
+    def __init__(self, number: int, size: int, frame: bytes) -> None:
+        self.id = number
+        self.frame = frame
+        self.descriptor = os.memfd_create("context")
+        self._left = size
+
+    def add(self, data: bytes) -> bool:
+        """Take the next part. True when it was the last."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.descriptor, view) :]
+        self._left -= len(data)
+        return self._left <= 0
+
+
 class Captured:
     """One output stream of one cell: its head, its tail, and how much lay between."""
 
@@ -188,11 +208,12 @@ class Supervisor:
     """Relays between host and executor, and keeps the session alive whatever a cell does."""
 
     def __init__(
-        self, reader: int, writer: int, token: str, options: dict[str, Any], lane: int | None = None
+        self, reader: int, writer: int, token: str | None, options: dict[str, Any], lane: int | None = None
     ) -> None:
         self._reader = reader
         self._host = Outbox(writer)
         self._token = token
+        self._hello: dict[str, Any] | None = None
         self._options = options
         self._lane = socket.socket(fileno=lane) if lane is not None else None
         self._decoder = _decoder()
@@ -211,6 +232,9 @@ class Supervisor:
         self._greeted = False
         self._restarts = 0
         self._obituary: dict[str, Any] | None = None
+        self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
+        self._memory_kills = _out_of_memory_kills()
+        self._incoming: Incoming | None = None
 
     def run(self) -> NoReturn:
         """Serve until the host closes the stream, then leave nothing behind."""
@@ -287,7 +311,7 @@ class Supervisor:
             interest |= select.POLLOUT
         self._poll.modify(channel, interest)
         unsent = self._cell is not None and any(c.unsent for c in self._captured.values())
-        for fd, _ in self._poll.poll(STREAM_INTERVAL * 1000 if unsent else None):
+        for fd, _ in self._poll.poll(1000 * (STREAM_INTERVAL if unsent else self._time_left())):
             if fd == channel:
                 self._read_executor(channel)
             elif fd == self._reader:
@@ -300,6 +324,13 @@ class Supervisor:
             if channel != self._channel.fileno():
                 break  # the executor was replaced: the other events may be of the old one
         self._stream()
+
+    def _time_left(self) -> float:
+        """Seconds until this session has lived for as long as it may. Raises EOFError after them."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise EOFError
+        return min(left, 1_000_000.0)  # more milliseconds than poll takes
 
     def _watch(self, outbox: Outbox) -> None:
         if outbox.fd != self._reader:
@@ -329,7 +360,10 @@ class Supervisor:
 
     def _from_host(self, message: dict[str, Any], header: bytes, blobs: list[bytes]) -> None:
         kind = message["t"]
-        if kind == "interrupt":
+        if kind == "session":
+            self._token = str(message["token"])
+            self._greet()
+        elif kind == "interrupt":
             if self._cell == message["id"] and self._crash is None:
                 try:
                     os.kill(self._executor, signal.SIGINT)
@@ -338,12 +372,18 @@ class Supervisor:
         elif kind == "kill":
             if self._cell == message["id"] and self._crash is None:
                 self._recover({"cause": "killed", "code": 0})
-        elif self._crash is not None and kind in ("execute", "load"):
+        elif self._crash is not None and kind in ("execute", "load", "part"):
             # until the dead cell's output and end are reported, nothing new may print
             self._held.append((message, header, blobs))
         elif kind == "load" and message.get("shared"):
             self._loading.append(message["id"])
-            self._forward_shared(wire.join(header, blobs))
+            assert self._lane is not None
+            self._forward(wire.join(header), _receive_with_descriptor(self._lane, 1)[1])
+        elif kind == "load" and message.get("size"):
+            self._loading.append(message["id"])
+            self._begin_parts(message, wire.join(header))
+        elif kind == "part":
+            self._add_part(message, blobs[0])
         else:
             if kind == "execute":
                 self._cell = message["id"]
@@ -357,10 +397,8 @@ class Supervisor:
         except ConnectionError:
             self._recover({"cause": CHANNEL_CLOSED, "code": 0})
 
-    def _forward_shared(self, frame: bytes) -> None:
-        """Hand a descriptor that came through the lane on to the executor."""
-        assert self._lane is not None
-        _, descriptor = _receive_with_descriptor(self._lane, 1)
+    def _forward(self, frame: bytes, descriptor: int) -> None:
+        """Hand a frame and the descriptor of its data on to the executor, and close that."""
         try:
             self._channel.setblocking(True)
             self._to_executor.flush()
@@ -370,6 +408,22 @@ class Supervisor:
             self._recover({"cause": CHANNEL_CLOSED, "code": 0})
         finally:
             os.close(descriptor)
+
+    # -- contexts that come in parts: kept once, outside of this process, and handed on whole
+
+    def _begin_parts(self, message: dict[str, Any], frame: bytes) -> None:
+        if message["size"] > _free_memory():
+            self._finish_load({"id": message["id"], "error": "MemoryError: " + NO_ROOM})
+        else:
+            self._incoming = Incoming(message["id"], message["size"], frame)
+
+    def _add_part(self, message: dict[str, Any], data: bytes) -> None:
+        incoming = self._incoming
+        if incoming is None or incoming.id != message["id"]:
+            return  # it was refused, or its executor has died: the host has been told
+        if incoming.add(data):
+            self._incoming = None
+            self._forward(incoming.frame, incoming.descriptor)
 
     def _read_executor(self, channel: int) -> None:
         try:
@@ -424,12 +478,12 @@ class Supervisor:
     def _executor_ready(self, message: dict[str, Any]) -> None:
         if not self._greeted:
             self._greeted = True
-            self._host.send(wire.encode({
-                "t": "hello", "v": wire.PROTOCOL_VERSION, "token": self._token,
-                "python": "%d.%d.%d" % sys.version_info[:3],
+            self._hello = {
+                "t": "hello", "v": wire.PROTOCOL_VERSION, "python": "%d.%d.%d" % sys.version_info[:3],
                 "enforced": [_clean(name, 200) for name in message.get("enforced", [])],
                 "missing": [_clean(name, 200) for name in message.get("missing", [])],
-            }))  # fmt: skip
+            }  # fmt: skip
+            self._greet()
             return
         self._restarts = 0
         if self._crash is not None:
@@ -442,6 +496,15 @@ class Supervisor:
             held, self._held = self._held, []
             for frame in held:
                 self._from_host(*frame)
+
+    def _greet(self) -> None:
+        """Prove the session once it is known whose this is; until then, say that all is ready."""
+        if self._hello is None:
+            return  # no executor yet: the one that comes up will greet
+        if self._token is None:
+            self._host.send(wire.encode({"t": "warm"}))
+        else:
+            self._host.send(wire.encode({**self._hello, "token": self._token}))
 
     # -- output
 
@@ -508,9 +571,17 @@ class Supervisor:
             if pid == 0:
                 return
             if pid == self._executor:
-                self._recover(_cause_of_death(status))
+                self._recover(self._cause_of_death(status))
             elif pid == self._slot.pid:
                 self._slot.pid = 0
+
+    def _cause_of_death(self, status: int) -> dict[str, Any]:
+        if not os.WIFSIGNALED(status):
+            return {"cause": "exit", "code": os.WEXITSTATUS(status)}
+        kills, self._memory_kills = self._memory_kills, _out_of_memory_kills()
+        if os.WTERMSIG(status) == signal.SIGKILL and self._memory_kills > kills:
+            return {"cause": "memory", "code": int(signal.SIGKILL)}
+        return {"cause": "signal", "code": os.WTERMSIG(status)}
 
     def _recover(self, cause: dict[str, Any]) -> None:
         """Kill what the cell started, and go on from the standby, or from nothing."""
@@ -518,6 +589,9 @@ class Supervisor:
         self._channel.close()
         if not self._greeted or self._restarts > RESTART_LIMIT:
             self._give_up_session(cause)
+        if self._incoming is not None:
+            os.close(self._incoming.descriptor)
+            self._incoming = None
         if self._crash is not None:  # the standby died while it took over
             self._slot.pid = 0
             cause = self._crash
@@ -535,7 +609,7 @@ class Supervisor:
         """No executor comes up here: say why, and end."""
         self._drain()
         reason = self._captured["stderr"].take() or str(cause).encode()
-        self._host.send(wire.encode({"t": "failed", "token": self._token}, [reason[-4000:]]))
+        self._host.send(wire.encode({"t": "failed", "token": self._token or ""}, [reason[-4000:]]))
         raise EOFError
 
     def _activate(self, standby: int) -> bool:
@@ -592,7 +666,7 @@ class Supervisor:
             if pid == self._slot.pid:
                 self._slot.pid = 0
             elif pid == self._executor:  # it was to be spared, and died of itself
-                self._obituary = _cause_of_death(status)
+                self._obituary = self._cause_of_death(status)
 
 
 # What an executor says was said by a cell, if the cell wanted: it is checked before it goes to the
@@ -657,10 +731,36 @@ class StandbySlot:
         struct.pack_into("=i", self._page, 0, value)
 
 
-def _cause_of_death(status: int) -> dict[str, Any]:
-    if os.WIFSIGNALED(status):
-        return {"cause": "signal", "code": os.WTERMSIG(status)}
-    return {"cause": "exit", "code": os.WEXITSTATUS(status)}
+_MEMORY_EVENTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+"""Where a container finds its own cgroup's counters, in version 2 and in version 1."""
+
+
+_MEMORY_USE = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _free_memory() -> int:
+    """Bytes that this container may still use; very many where nothing limits them."""
+    for limit, use in _MEMORY_USE:
+        try:
+            with open(limit, "rb") as limit_file, open(use, "rb") as use_file:
+                return int(limit_file.read()) - int(use_file.read())
+        except (OSError, ValueError):
+            pass  # not this version, no cgroup of our own, or "max"
+    return wire.UNLIMITED
+
+
+def _out_of_memory_kills() -> int:
+    """How often the kernel has killed a process of this container for want of memory."""
+    for path in _MEMORY_EVENTS:
+        try:
+            with open(path, "rb") as file:
+                return sum(int(line.split()[1]) for line in file if line.startswith(b"oom_kill "))
+        except (OSError, ValueError, IndexError):
+            pass  # not this version, or no cgroup of our own
+    return 0
 
 
 def _discard_input(channel: socket.socket) -> None:
@@ -1219,7 +1319,7 @@ class Executor:
             self._namespace.restore()
         except Exception as error:  # whatever unpickling raises is the host's to report
             no_room = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
-            text = "it does not fit into the sandbox's memory limit" if no_room else str(error)
+            text = NO_ROOM if no_room else str(error)
             reply["error"] = _text(f"{type(error).__name__}: {text}").decode()[:2000]
         self._calls.send(reply)
 
@@ -1589,10 +1689,13 @@ def _limit(limits: dict[str, int]) -> None:
         resource.setrlimit(which, (value, value))
 
 
-def serve(reader: int, writer: int, token: str, options: dict[str, Any], lane: int | None = None) -> NoReturn:
+def serve(
+    reader: int, writer: int, token: str | None, options: dict[str, Any], lane: int | None = None
+) -> NoReturn:
     """Run a session over two descriptors (which may be the same) until the other end closes.
 
-    ``token`` proves to the host whose session this is. ``lane`` is a Unix socket through
-    which the host can hand over descriptors, where the two share a kernel.
+    ``token`` proves to the host whose session this is; without one, the worker says ``warm``
+    when it is ready, and waits for the frame that brings it. ``lane`` is a Unix socket
+    through which the host can hand over descriptors, where the two share a kernel.
     """
     Supervisor(reader, writer, token, options, lane).run()

@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rlm import boot
+from rlm.environment import WORKER_ENVIRONMENT
 from rlm.errors import SandboxUnavailable
 
 END_TIMEOUT = 2.0
@@ -39,16 +41,11 @@ SYSTEM_FILES = (
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
-ENVIRONMENT = {
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "LANG": "C.UTF-8",
-    # large strings on huge pages: forking a process that holds 100 MB costs 0.2 ms, not 1.4
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", **WORKER_ENVIRONMENT}
 """The whole environment of a sandbox. Nothing of the host's is passed on."""
 
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
-"""Where libc looks, at its start, whether the tunable above can be had."""
+"""Where libc looks, at its start, whether its large allocations may be huge pages."""
 
 _ZYGOTE = Path(__file__).with_name("zygote.py")
 
@@ -58,7 +55,7 @@ def travelling_files() -> Path:
     spec = importlib.util.find_spec("rlm.worker")
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent
-    for name in ("wire", "lockdown", "worker"):
+    for name in ("boot", *boot.MODULES):
         loader = importlib.machinery.SourceFileLoader(f"rlm.{name}", str(folder / f"{name}.py"))
         loader.get_code(loader.name)  # leaves byte code beside the source, where that is writable
     return folder

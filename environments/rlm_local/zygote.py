@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.machinery
-import importlib.util
 import json
 import os
 import select
@@ -42,21 +41,16 @@ GRACE = 3.0
 
 
 def load(directory: str) -> types.ModuleType:
-    """Load the files that travel (wire, lockdown, worker) as ``rlm``, without the package."""
-    package = types.ModuleType("rlm")
-    package.__path__ = []
-    sys.modules["rlm"] = package
-    for name in ("wire", "lockdown", "worker"):
+    """The worker, from the compiled files where they are."""
+
+    def code(name: str) -> Any:
         loader = importlib.machinery.SourceFileLoader(f"rlm.{name}", f"{directory}/{name}.py")
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[loader.name] = module
-        setattr(package, name, module)
-        loader.exec_module(module)
-    worker = sys.modules["rlm.worker"]
-    for name in ("rlm", "rlm.wire", "rlm.lockdown", "rlm.worker"):
-        del sys.modules[name]  # a cell's `import rlm` is its own affair
+        return loader.get_code(loader.name)
+
+    boot = types.ModuleType("boot")
+    boot.__file__ = f"{directory}/boot.py"
+    exec(code("boot"), boot.__dict__)
+    worker: types.ModuleType = boot.install({name: code(name) for name in boot.MODULES})
     return worker
 
 

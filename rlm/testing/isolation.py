@@ -504,7 +504,7 @@ class IsolationLevel(Suite):
             open('secret', 'w').write({CANARY!r})
             os.chmod('secret', 0o777)
             try: os.chmod('.', 0o777)
-            except OSError: pass  # not the cell's own to open
+            except OSError: pass  # it is nobody's own
             program = subprocess.Popen(['sleep', '98765'])
             [os.getpid(), os.getcwd()]
             """

@@ -1,0 +1,263 @@
+"""One container: started, spoken to over one stream, seen dead, and gone.
+
+The stream is the ``docker`` command's, which gets a socket for its standard input and
+output: what passes between a worker and the core never passes through Python on the way.
+The command runs under a shell that removes the container once it has ended *and* the
+other end of a pipe, the leash, has closed. This process holds that end, so that a
+container whose owner was killed goes the same way as any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from typing import IO, Any
+
+from rlm import boot, wire
+from rlm.errors import SandboxError, SandboxUnavailable
+
+from . import engine as engines
+from .engine import Engine, Pull
+from .errors import (
+    ContainerExpired,
+    ContainerKilled,
+    ContainerOutOfMemory,
+    ContainerRefused,
+    ContainerRemoved,
+    EngineLost,
+    EngineUnavailable,
+)
+
+READY_TIMEOUT = 60.0
+"""Seconds a container gets to bring its worker up."""
+
+EXIT_TIMEOUT = 15.0
+"""Seconds that the end of the process waits for the last containers to be removed."""
+
+SECOND_LOOK = 1.0
+"""Seconds after which an engine that is shutting down has stopped to answer."""
+
+_KEEPER = """
+docker=$1; container=$2
+"$docker" start --attach --interactive "$container" <&1
+exec >/dev/null        # the last hand on the stream: its other end learns that it is over
+read -r _              # until the leash is let go
+for _ in 1 2 3 4 5; do
+    case $("$docker" rm --force --volumes "$container" 2>&1) in
+        *"annot connect"* | *"error during connect"*) sleep 1 ;;    # the engine restarts, perhaps
+        *) break ;;
+    esac
+done
+"""
+
+
+class Container:
+    """A container with a worker in it that waits for its session, and then is in it."""
+
+    def __init__(
+        self, engine: Engine, created: Any, stream: socket.socket, leash: int,
+        keeper: subprocess.Popen[bytes], errors: IO[bytes], time_to_live: float,
+    ) -> None:  # fmt: skip
+        self.id: str = created.id
+        self.attributes: dict[str, Any] = created.attrs
+        """What the engine says the container is: the result of `docker inspect`."""
+        self.stream: socket.socket | None = stream
+        self._engine = engine
+        self._leash = leash
+        self._keeper = keeper
+        self._errors = errors
+        self._expires = time.monotonic() + time_to_live
+        _living.add(self)
+
+    @classmethod
+    async def start(
+        cls, engine: Engine, image: str | None, pull: Pull, settings: dict[str, Any],
+        options: dict[str, Any],
+    ) -> Container:  # fmt: skip
+        """Create and start one, and return when its worker is ready. Raises SandboxUnavailable.
+
+        ``settings`` are those of the SDK's ``containers.create``, ``options`` the worker's.
+        """
+        command = engine.command
+        async with engine.starts:
+            created = await engine.create(image, pull, settings)
+            self = cls._keep(engine, created, command, float(options["time_to_live"]))
+            try:
+                await self._bring_up(options)
+            except BaseException:
+                self.release()
+                raise
+        return self
+
+    @classmethod
+    def _keep(cls, engine: Engine, created: Any, command: str, time_to_live: float) -> Container:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        leash_end, leash = os.pipe()
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the container
+        try:
+            keeper = subprocess.Popen(
+                ["/bin/sh", "-c", _KEEPER, "rlm-container", command, created.id],
+                stdin=leash_end, stdout=theirs.fileno(), stderr=errors, env=engine.environ, cwd="/",
+                start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            ours.close()
+            os.close(leash)
+            raise
+        finally:
+            theirs.close()
+            os.close(leash_end)
+        return cls(engine, created, ours, leash, keeper, errors, time_to_live)
+
+    async def _bring_up(self, options: dict[str, Any]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(READY_TIMEOUT):
+                assert self.stream is not None
+                await loop.sock_sendall(self.stream, boot.payload(options))
+                message, blobs = await self._first_frame(self.stream)
+        except TimeoutError:
+            raise ContainerRefused(f"the worker in the container was not up in {READY_TIMEOUT:g} s") from None
+        except (EOFError, ConnectionError, wire.FrameError):
+            raise await self._why_not_up() from None
+        if message["t"] != "warm":
+            reason = b"".join(blobs).decode("utf-8", "replace").strip()
+            raise ContainerRefused(f"the worker cannot run in this container: {reason[-2000:]}")
+
+    async def _first_frame(self, stream: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
+        """A worker says one thing before it has a session, and nothing after it."""
+        loop = asyncio.get_running_loop()
+        decoder = wire.Decoder(wire.parse_dict, header_limit=wire.HELLO_LIMIT, blob_limit=1 << 16)
+        while True:
+            data = await loop.sock_recv(stream, 1 << 16)
+            if not data:
+                raise EOFError
+            decoder.feed(data)
+            for frame in decoder:
+                return frame
+
+    async def _why_not_up(self) -> SandboxUnavailable:
+        state = await self._state()
+        self._errors.seek(0)
+        said = self._errors.read(1 << 16).decode("utf-8", "replace").strip()
+        if state is not None and state.get("OOMKilled"):
+            return ContainerRefused("the container's memory limit is too small for a worker to start")
+        return engines.from_text(
+            said or f"it ended without a word ({state})", "start the container", self._engine.host
+        )
+
+    # -- life
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the worker still waits for a session."""
+        if self.stream is None or time.monotonic() > self._expires:
+            return False
+        try:
+            self.stream.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False  # what waits for its session says nothing: this is its end
+
+    def hand_over(self, token: str) -> socket.socket:
+        """Tell the worker whose session this is. Returns the stream, which is the caller's from now on."""
+        assert self.stream is not None, "a container serves one session"
+        stream, self.stream = self.stream, None
+        stream.send(wire.encode({"t": "session", "token": token}))
+        return stream
+
+    def release(self) -> None:
+        """Let go: the worker ends with its stream, the container is removed. Does not wait. Safe twice."""
+        if self._let_go():
+            threading.Thread(target=self._see_it_gone, name="rlm-docker-rm", daemon=True).start()
+
+    def _let_go(self) -> bool:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+        leash, self._leash = self._leash, -1
+        if leash >= 0:
+            os.close(leash)
+            self._errors.close()
+        return leash >= 0
+
+    def _see_it_gone(self, timeout: float = EXIT_TIMEOUT) -> None:
+        try:
+            self._keeper.wait(timeout)
+        except subprocess.TimeoutExpired:  # it does not end by itself: somebody has paused it, say
+            command = [self._engine.command, "rm", "--force", "--volumes", self.id]
+            subprocess.run(command, env=self._engine.environ, capture_output=True, check=False)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._keeper.wait(timeout)
+        _living.discard(self)
+
+    # -- death
+
+    async def explain_loss(self, reason: str) -> SandboxError:
+        """Why the stream ended: what the engine knows of the container."""
+        try:
+            state = await self._state()
+            if state is not None and state["ExitCode"] == 137 and not state["OOMKilled"]:
+                await asyncio.sleep(SECOND_LOOK)  # engines that stop kill their containers first
+                state = await self._state()
+        except EngineUnavailable as error:
+            return EngineLost(f"the Docker engine stopped, and with it the sandbox. Now {error}")
+        return self._verdict(state, reason)
+
+    def _verdict(self, state: dict[str, Any] | None, reason: str) -> SandboxError:
+        if state is None:
+            return ContainerRemoved("somebody removed the sandbox's container while it ran (docker rm)")
+        if state["OOMKilled"]:
+            return ContainerOutOfMemory(
+                "the sandbox's container was killed because its memory was used up: give it more with "
+                "environment_kwargs={'memory': MiB}, or have the cells hold less"
+            )
+        if time.monotonic() > self._expires:
+            return ContainerExpired("the sandbox's time to live is over (time_to_live=, in seconds)")
+        if state["Running"]:
+            return EngineLost(
+                f"the stream to the sandbox's container broke: {reason}. Was the engine restarted?"
+            )
+        code = state["ExitCode"]
+        if code > 128:
+            return ContainerKilled(
+                f"somebody killed the sandbox's container (exit code {code}): docker kill or stop, or the "
+                "engine as it was restarted"
+            )
+        return ContainerKilled(f"the sandbox's container ended with exit code {code}: {reason}")
+
+    async def _state(self) -> dict[str, Any] | None:
+        """The container's state; None when there is no such container any more."""
+
+        def inspect(client: Any) -> dict[str, Any] | None:
+            found = client.containers.list(all=True, filters={"id": self.id}, ignore_removed=True)
+            return dict(found[0].attrs["State"]) if found else None
+
+        return await self._engine.call(inspect, "look at a container")
+
+
+_living: set[Container] = set()
+_owner = os.getpid()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Nothing outlives the process: containers still held are let go, and all are seen gone."""
+    if os.getpid() != _owner:
+        return
+    end = time.monotonic() + EXIT_TIMEOUT
+    remaining = tuple(_living)
+    for container in remaining:
+        container._let_go()
+    for container in remaining:
+        container._see_it_gone(max(0.1, end - time.monotonic()))
