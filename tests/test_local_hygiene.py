@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlm import open_repl
-from rlm.errors import SandboxUnavailable
+from rlm.errors import ConfigError, SandboxUnavailable
 from rlm.testing.robustness import THREAD_BOMB
 from rlm.testing.sessions import Cells, descendants, eventually, open_files, parents
 from rlm_local import LocalREPL
@@ -80,3 +80,11 @@ def computed() -> float:
         with contextlib.suppress(OSError):
             total += sum(map(int, Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[11:13]))
     return total / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_context_beyond_the_memory_limit_does_not_cost_the_session(wall: str) -> None:
+    with open_repl("local", wall=wall, memory=256) as repl:
+        repl.execute("kept = 1", timeout=30)
+        with pytest.raises(ConfigError, match="memory limit"):
+            repl.add_context("x" * 400_000_000)
+        assert repl.execute("kept", timeout=30).value == 1

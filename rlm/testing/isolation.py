@@ -325,6 +325,12 @@ class IsolationLevel(Suite):
             assert repl.value(code, timeout=90) == []
             assert services.reached() == []
 
+    @requires("network-none", "cpython")
+    def test_a_cell_sees_no_interface_of_the_hosts(self, repl: Cells) -> None:
+        self.need(repl, "network")
+        code = "import socket\ntry: names = [name for _, name in socket.if_nameindex()]\nexcept OSError: names = []\nnames"
+        assert set(repl.value(code)) & set(own_addresses()) == set()
+
     @requires("isolation", "cpython")
     def test_a_cell_reaches_no_engine_of_containers_and_no_bus(self, repl: Cells) -> None:
         targets = [("unix", path) for path in ENGINES]
@@ -595,7 +601,7 @@ class Services:
         self._servers: list[tuple[str, socket.socket]] = []
         self.targets: list[tuple[str, object]] = []
         """What a cell is to try."""
-        for address in ("127.0.0.1", *own_addresses()):
+        for address in ("127.0.0.1", *own_addresses().values()):
             with contextlib.suppress(OSError):
                 self._listen_on(address)
         self._listen_at(str(folder / "service"))
@@ -653,9 +659,9 @@ class Services:
             server.close()
 
 
-def own_addresses() -> list[str]:
-    """This machine's IPv4 addresses besides loopback, bridges to containers included."""
-    found = []
+def own_addresses() -> dict[str, str]:
+    """This machine's interfaces besides loopback, bridges to containers included, with their IPv4 addresses."""
+    found = {}
     with contextlib.suppress(ImportError, OSError):
         import fcntl
 
@@ -663,5 +669,5 @@ def own_addresses() -> list[str]:
             for _, name in socket.if_nameindex():
                 with contextlib.suppress(OSError):
                     reply = fcntl.ioctl(asker, 0x8915, struct.pack("256s", name.encode()[:15]))
-                    found.append(socket.inet_ntoa(reply[20:24]))
-    return sorted({address for address in found if not address.startswith("127.")})
+                    found[name] = socket.inet_ntoa(reply[20:24])
+    return {name: address for name, address in found.items() if not address.startswith("127.")}
