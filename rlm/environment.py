@@ -22,7 +22,7 @@ from . import context as contexts
 from . import protocol
 from .errors import ConfigError, RLMError, SandboxError, SandboxLost
 from .handler import LMHandler
-from .session import ServeCalls, Session
+from .session import BROKEN, ServeCalls, Session
 from .wire import FrameError
 
 START_TIMEOUT = 60.0
@@ -362,12 +362,15 @@ class WorkerEnv(BaseEnv):
 
     async def _find_cause(self, reason: str) -> None:
         try:
+            if reason.startswith(BROKEN):
+                return
             async with asyncio.timeout(AUTOPSY_TIMEOUT):
                 self._death = await self.explain_loss(reason)
         except (TimeoutError, SandboxError):
-            self._death = SandboxLost(f"the sandbox is gone: {reason}")
+            pass  # then what is known already is all there is to say
         finally:
-            self._fail_pending(self._death or SandboxLost(f"the sandbox is gone: {reason}"))
+            self._death = self._death or SandboxLost(f"the sandbox is gone: {reason}")
+            self._fail_pending(self._death)
 
     def _fail_pending(self, error: SandboxError) -> None:
         for future in self._pending.values():

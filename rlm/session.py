@@ -30,6 +30,9 @@ STALL_TIMEOUT = 30.0
 IN_FLIGHT_LIMIT = 4096
 """Calls one session may have in flight; more threads than that are an attack or a mistake."""
 
+BROKEN = "protocol error: "
+"""How the reason begins when it was this end that closed a connection, for what came over it."""
+
 Blobs = list[bytes]
 Answers = Sequence[str | RLMError]
 ServeCalls = Callable[[protocol.Call, list[str]], Awaitable[Answers]]
@@ -274,7 +277,7 @@ class Connection(asyncio.Protocol):
         who = f"session {self._session.id}" if self._session else "an unknown connection"
         reason = "".join(c if c.isprintable() else " " for c in reason[:500])
         log.warning("closed %s: %s", who, reason)
-        self._reason = f"protocol error: {reason}"
+        self._reason = BROKEN + reason
         self.transport.abort()
 
     def _greet(self, message: protocol.Message, blobs: Blobs) -> None:

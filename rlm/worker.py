@@ -634,15 +634,15 @@ class Supervisor:
 
     def _kill_all(self, spare: tuple[int, ...] = ()) -> None:
         """Kill every process below this one but ``spare``, however fast it forks."""
+        alone = os.getpid() == 1  # the first process of a container: all others are the session's
+        if alone:
+            _signal(-1, signal.SIGSTOP)  # at one blow: a bomb that runs would leave no time to look at it
         while True:
             below = lockdown.descendants(os.getpid())
             found = [pid for pid in below if pid not in spare and lockdown.is_alive(pid)]
             for number in (signal.SIGSTOP, signal.SIGKILL):
                 for pid in found:
-                    try:
-                        os.kill(pid, number)
-                    except OSError:
-                        pass
+                    _signal(pid, number)
             for pid in found:  # parents come first: what they leave behind is ours by then
                 try:
                     os.waitpid(pid, 0)
@@ -652,7 +652,10 @@ class Supervisor:
                     self._slot.pid = 0
             self._bury(spare)
             if not found:
-                return
+                break
+        for pid in spare if alone else ():
+            if pid:
+                _signal(pid, signal.SIGCONT)
 
     def _bury(self, spare: tuple[int, ...]) -> None:
         """Collect those of the killed that are this process's own children by now."""
@@ -1264,7 +1267,7 @@ class Executor:
             return
         self._slot.pid = pid
         if self._standby:
-            _kill(self._standby)
+            _signal(self._standby, signal.SIGKILL)
             self._dying.append(self._standby)
         self._standby = pid
         # reaped later, when that does not mean to wait
@@ -1577,11 +1580,11 @@ def _has_room() -> bool:
     return True
 
 
-def _kill(pid: int) -> None:
+def _signal(pid: int, number: int) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except OSError:
-        pass  # a cell has killed it
+        pass  # it has ended
 
 
 def _reap(pid: int) -> bool:
