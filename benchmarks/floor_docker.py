@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from peers.common import Options, Probe, Step, Values, median_ms, p90_ms
-from peers.docker_probes import MB, STARTERS, Engine, measure_side, repeat, timed, wait_gone
+from peers.docker_probes import MB, PACE_S, STARTERS, Engine, measure_side, repeat, timed, wait_gone
 from setup_docker import IMAGE
 
 CONTAINER = ("--network", "none", "--log-driver", "none", IMAGE, "python3", "-c")
@@ -55,10 +55,11 @@ def receive(descriptor: int, size: int) -> None:
         size -= len(data)
 
 
-def trips(count: int) -> list[float]:
+def trips(count: int, pause: float = 0.0) -> list[float]:
     with piped(ECHO) as (to, back):
 
         def once() -> float:
+            time.sleep(pause) if pause else None
             started = time.perf_counter()
             os.write(to, REQUEST)
             receive(back, len(REQUEST))
@@ -70,6 +71,10 @@ def trips(count: int) -> list[float]:
 def echo(options: Options) -> Values:
     taken = trips(options.count(2000))
     return {"gap_ms": median_ms(taken), "gap_p90_ms": p90_ms(taken)}
+
+
+def paced_echo(options: Options) -> Values:
+    return {"paced_ms": median_ms(trips(options.count(200), PACE_S))}
 
 
 def calls(options: Options) -> Values:
@@ -125,7 +130,7 @@ def many(options: Options) -> Values:
 
 
 PROBES = {
-    "cell": Probe(60, (Step(echo, ("gap_ms", "gap_p90_ms")),)),
+    "cell": Probe(60, (Step(echo, ("gap_ms", "gap_p90_ms")), Step(paced_echo, ("paced_ms",)))),
     "query": Probe(60, (Step(calls, ("per_s", "p50_us")),)),
     "context": Probe(60, (Step(stream, ("context_ms",)),)),
     "start": Probe(60, (Step(start, ("cold_p50_ms", "cold_p90_ms")),)),
