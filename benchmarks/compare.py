@@ -34,9 +34,6 @@ QUICK = (
     *("--prompts", "400", "--threads", "8", "--runs", "10"),
 )
 
-# Which floor is taken next to which probe.
-FLOORS = {"query": "echo", "batch": "pool", "import": "import"}
-
 
 # --- figures and targets --------------------------------------------------------------------
 
@@ -60,6 +57,24 @@ class Figure:
     label: str
     target: Target | None = None
     higher_is_better: bool = False
+    #: A second target; the stricter of the two counts.
+    also: Target | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is compared: the lines of its table, and who takes the figures of a probe."""
+
+    figures: Sequence[Figure]
+    probes: Sequence[str]
+    peers: Sequence[str]
+    #: Which floor is taken next to which probe.
+    floors: Mapping[str, str]
+    quick: Sequence[str]
+    #: What the names of its scripts end in.
+    suffix: str = ""
+    #: Whether the floor's figures go by the names of ours, and get a column.
+    shows_floor: bool = False
 
 
 def own(factor: float, probe: str, value: str) -> Target:
@@ -111,6 +126,14 @@ FIGURES = (
     Figure("import", "construct_ms", "… and an RLM constructed, ms"),
 )
 
+LOCAL = Suite(
+    figures=FIGURES,
+    probes=tuple(PROBES),
+    peers=tuple(peer.name for peer in PEERS),
+    floors={"query": "echo", "batch": "pool", "import": "import"},
+    quick=QUICK,
+)
+
 
 # --- running --------------------------------------------------------------------------------
 
@@ -137,14 +160,15 @@ class Results:
         return statistics.median(figures) if figures else None
 
 
-def command_of(side: str, probe: str) -> list[str | Path]:
+def command_of(suite: Suite, side: str, probe: str) -> list[str | Path]:
     """What takes a probe of one side; raises LookupError if that side is not there."""
+    name = f"{side}{suite.suffix}.py"
     if side == OURS:
-        script, python = HERE / "ours.py", Path(sys.executable)
+        script, python = HERE / name, Path(sys.executable)
     elif side == FLOOR:
-        script, python, probe = HERE / "floor.py", Path(sys.executable), FLOORS[probe]
+        script, python, probe = HERE / name, Path(sys.executable), suite.floors[probe]
     else:
-        script, python = HERE / "peers" / f"{side}.py", interpreter(BENCH / "venvs" / side)
+        script, python = HERE / "peers" / name, interpreter(BENCH / "venvs" / side)
     for needed in (script, python):
         if not needed.exists():
             hint = "" if side in (OURS, FLOOR) else ": run setup_peers.py"
@@ -159,11 +183,11 @@ def environment_of(side: str) -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
 
 
-def take(side: str, probe: str, options: Sequence[str]) -> dict[str, Any]:
+def take(suite: Suite, side: str, probe: str, options: Sequence[str]) -> dict[str, Any]:
     """The line of one probe of one side, or a line that says why there is none."""
     try:
         done = subprocess.run(
-            [*command_of(side, probe), *options],
+            [*command_of(suite, side, probe), *options],
             check=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -173,7 +197,7 @@ def take(side: str, probe: str, options: Sequence[str]) -> dict[str, Any]:
         )
         line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (LookupError, ValueError, OSError, subprocess.SubprocessError) as error:
-        values = [figure.value for figure in FIGURES if figure.probe == probe]
+        values = [figure.value for figure in suite.figures if figure.probe == probe]
         line = {
             "peer": side,
             "probe": probe,
@@ -183,13 +207,15 @@ def take(side: str, probe: str, options: Sequence[str]) -> dict[str, Any]:
     return line
 
 
-def run(probes: Sequence[str], peers: Sequence[str], rounds: int, options: Sequence[str]) -> Results:
+def run(
+    suite: Suite, probes: Sequence[str], peers: Sequence[str], rounds: int, options: Sequence[str]
+) -> Results:
     results = Results()
     for turn in range(1, rounds + 1):
         for probe in probes:
-            for side in (OURS, *([FLOOR] if probe in FLOORS else []), *peers):
+            for side in (OURS, *([FLOOR] if probe in suite.floors else []), *peers):
                 print(f"round {turn}/{rounds}: {probe}, {side}", file=sys.stderr, flush=True)
-                results.add(side, probe, take(side, probe, options))
+                results.add(side, probe, take(suite, side, probe, options))
     return results
 
 
@@ -203,14 +229,20 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.3g}".rstrip(".")
 
 
-def target_of(figure: Figure, results: Results) -> float | None:
-    target = figure.target
-    if target is None:
-        return None
+def worth(target: Target, results: Results) -> float | None:
     if not target.side:
         return target.factor
     reference = results.get(target.side, target.probe, target.value)
     return None if reference is None else target.factor * reference
+
+
+def target_of(figure: Figure, results: Results) -> float | None:
+    """The stricter of its targets, of those whose reference was taken."""
+    targets = [worth(target, results) for target in (figure.target, figure.also) if target is not None]
+    known = [target for target in targets if target is not None]
+    if not known:
+        return None
+    return max(known) if figure.higher_is_better else min(known)
 
 
 def target_text(figure: Figure, target: float | None) -> str:
@@ -285,9 +317,10 @@ def show_reasons(results: Results) -> None:
         print(f"{side}, {probe} ({', '.join(values)}): {reason}")
 
 
-def show_all(probes: Sequence[str], peers: Sequence[str], results: Results) -> None:
-    header = ["figure", OURS, "target", "", *(text for peer in peers for text in (peer, "ours is"))]
-    show(header, [row(figure, peers, results) for figure in FIGURES if figure.probe in probes])
+def show_all(suite: Suite, probes: Sequence[str], peers: Sequence[str], results: Results) -> None:
+    others = [*([FLOOR] if suite.shows_floor else []), *peers]
+    header = ["figure", OURS, "target", "", *(text for other in others for text in (other, "ours is"))]
+    show(header, [row(figure, others, results) for figure in suite.figures if figure.probe in probes])
     show_reasons(results)
     load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, load {load}")
@@ -312,24 +345,24 @@ def chosen(parser: argparse.ArgumentParser, names: Sequence[str], known: Sequenc
     return list(names or known)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(suite: Suite = LOCAL, description: str | None = __doc__, argv: Sequence[str] | None = None) -> None:
     mine, options = split(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("probes", nargs="*", help=f"of {', '.join(PROBES)} (default: all)")
+    parser.add_argument("probes", nargs="*", help=f"of {', '.join(suite.probes)} (default: all)")
     parser.add_argument("--peer", action="append", default=[], help="only this peer; repeatable")
     parser.add_argument("--rounds", type=int, default=1, help="rounds; medians are shown")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     parser.add_argument("--json", type=Path, help="write every line that was taken to this file")
     arguments = parser.parse_args(mine)
-    probes = chosen(parser, arguments.probes, list(PROBES))
-    peers = chosen(parser, arguments.peer, [peer.name for peer in PEERS])
-    sizes = [*QUICK, *options] if arguments.quick else options
-    results = run(probes, peers, arguments.rounds, sizes)
+    probes = chosen(parser, arguments.probes, suite.probes)
+    peers = chosen(parser, arguments.peer, suite.peers)
+    sizes = [*suite.quick, *options] if arguments.quick else options
+    results = run(suite, probes, peers, arguments.rounds, sizes)
     if arguments.json:
         arguments.json.write_text("".join(json.dumps(line) + "\n" for line in results.lines))
-    show_all(probes, peers, results)
+    show_all(suite, probes, peers, results)
     if sizes:
         print(f"sizes other than those named above: {' '.join(sizes)}")
 

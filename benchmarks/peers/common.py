@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import statistics
@@ -34,6 +35,9 @@ SIGNIFICANT_DIGITS = 4
 
 Values = dict[str, float]
 
+#: In place of a figure that the machine's noise has swallowed.
+LOST_IN_NOISE = math.nan
+
 
 class UnmeasurableError(Exception):
     """The figure cannot be had from this peer; the message says why."""
@@ -56,6 +60,7 @@ class Options:
     prompts: int = option(10_000, "prompts of `batch`, sleeps of `pool`")
     threads: int = option(64, "threads of `threads`")
     runs: int = option(200, "runs at once of `concurrent`")
+    sandboxes: int = option(50, "sandboxes up at once of `fifty` (Docker)")
     timeout: float = option(0.0, "seconds for the whole probe; 0: the probe's own limit")
 
     def count(self, default: int) -> int:
@@ -199,6 +204,11 @@ def median_ms(seconds: Iterable[float]) -> float:
     return statistics.median(seconds) * 1e3
 
 
+def p90_ms(seconds: Sequence[float]) -> float:
+    """The ninth decile of at least two durations, in milliseconds."""
+    return statistics.quantiles(seconds, n=10, method="inclusive")[-1] * 1e3
+
+
 def fresh_python_s(statement: str) -> float:
     """Seconds from starting an interpreter that executes one statement to its end."""
     started = time.perf_counter()
@@ -246,17 +256,25 @@ def _pss_kb(process: int) -> int:
     return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
 
 
-def tree_pss_mb() -> float:
-    """Proportional set size of this process and all below it, in MB. Linux only."""
+def tree_of(roots: Iterable[int]) -> set[int]:
+    """These processes and all below them."""
+    parents = _parents()
+    tree = set(roots)
+    while below := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= below
+    return tree
+
+
+def pss_mb(processes: Iterable[int]) -> float:
+    """Proportional set size of processes, in MB. Linux only."""
     if not Path("/proc/self/smaps_rollup").exists():
         raise UnmeasurableError("this system does not tell the proportional set size of a process")
-    parents = _parents()
-    tree = {os.getpid()}
-    while True:
-        below = {child for child, parent in parents.items() if parent in tree} - tree
-        if not below:
-            return sum(map(_pss_kb, tree)) / 1024
-        tree |= below
+    return sum(map(_pss_kb, processes)) / 1024
+
+
+def tree_pss_mb() -> float:
+    """Proportional set size of this process and all below it, in MB. Linux only."""
+    return pss_mb(tree_of([os.getpid()]))
 
 
 class PeakMemory:
@@ -309,7 +327,12 @@ def take_steps(steps: Sequence[Step], options: Options, report: Path) -> None:
 def take_step(step: Step, options: Options) -> dict[str, Any]:
     """One outcome: values, or one reason for all of them."""
     try:
-        return {"values": step.measure(options)}
+        values = step.measure(options)
+        lost = [name for name, value in values.items() if math.isnan(value)]
+        return {
+            "values": {name: value for name, value in values.items() if name not in lost},
+            "why": dict.fromkeys(lost, "it is smaller than the noise of this machine"),
+        }
     except Exception as error:  # The boundary to foreign code: any failure is a reported reason.
         kind = "" if isinstance(error, UnmeasurableError) else f"{type(error).__name__}: "
         return {"why": dict.fromkeys(step.values, f"{kind}{error}"[:WHY_LENGTH])}
