@@ -28,7 +28,7 @@ from .wire import FrameError
 START_TIMEOUT = 60.0
 """Seconds a worker gets to report."""
 
-INTERRUPT_GRACE = 0.5
+INTERRUPT_GRACE = 0.3
 """Seconds between the interrupt that a cell can catch and the kill that it cannot."""
 
 RECOVERY_TIMEOUT = 10.0

@@ -36,6 +36,10 @@ DEPTH_LIMIT = 16
 
 _PREFIX = 4
 
+# kept, because json.dumps with arguments makes an encoder each time, and json.loads looks for an encoding
+_encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_decode_json = json.JSONDecoder().decode
+
 Message = TypeVar("Message")
 
 
@@ -47,7 +51,7 @@ def encode(header: dict[str, Any], blobs: Sequence[bytes | bytearray | memoryvie
     """One frame as bytes. ``header`` gains ``"blobs"`` when there are any."""
     if blobs:
         header = {**header, "blobs": [len(blob) for blob in blobs]}
-    body = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
+    body = _encode_json(header).encode("ascii")
     return join(body, blobs)
 
 
@@ -67,12 +71,13 @@ def parse_dict(header: bytes) -> Tuple[dict[str, Any], Sequence[int]]:
     Raises FrameError when it is not a JSON object or nests deeper than DEPTH_LIMIT.
     """
     try:
-        message = json.loads(header)
+        message = _decode_json(str(header, "utf-8"))
     except (ValueError, RecursionError) as error:
         raise FrameError("the header is not JSON: %s" % error) from None
     if not isinstance(message, dict):
         raise FrameError("the header is not a JSON object")
-    if _nests_deeper(message, DEPTH_LIMIT):
+    # each level takes a bracket, and most headers have fewer of them than there may be levels
+    if header.count(b"{") + header.count(b"[") > DEPTH_LIMIT and _nests_deeper(message, DEPTH_LIMIT):
         raise FrameError("the header nests deeper than %d" % DEPTH_LIMIT)
     sizes = message.get("blobs", ())
     if not isinstance(sizes, (list, tuple)):

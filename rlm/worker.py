@@ -38,6 +38,7 @@ import threading
 import time
 import traceback
 import types
+from _signal import signal as _set_handler
 from typing import Any, Callable, Iterable, NoReturn, Sequence
 
 from rlm import lockdown, wire
@@ -55,6 +56,9 @@ faster than the host reads is slowed down, not buffered."""
 
 RESTART_LIMIT = 3
 """Executors that may die in a row before they are ready, before the session is given up."""
+
+CELL_NICENESS = 10
+"""How far cells stand back behind their supervisor in a container, whose CPU time both share."""
 
 CHANNEL_CLOSED = "its connection was closed from within"
 
@@ -258,6 +262,7 @@ class Supervisor:
         lockdown.adopt_orphans()
         lockdown.set_readable(False)
         os.set_blocking(self._reader, False)
+        _enlarge_pipe(self._reader)
         os.set_blocking(self._host.fd, False)
         wake_read, wake_write = os.pipe()
         for end in (wake_read, wake_write):
@@ -516,10 +521,7 @@ class Supervisor:
         except BlockingIOError:
             return
         if captured.overflows and not was_overflowing:
-            try:
-                fcntl.fcntl(fd, _F_SETPIPE_SZ, FLOOD_PIPE_SIZE)
-            except OSError:
-                pass  # the user's pipes take all the memory they may: it stays as slow as it is
+            _enlarge_pipe(fd)
 
     def _drain(self) -> None:
         """Take what a cell that has ended left in the pipes: one pipe's capacity, no more."""
@@ -764,6 +766,13 @@ def _out_of_memory_kills() -> int:
         except (OSError, ValueError, IndexError):
             pass  # not this version, or no cgroup of our own
     return 0
+
+
+def _enlarge_pipe(fd: int) -> None:
+    try:
+        fcntl.fcntl(fd, _F_SETPIPE_SZ, FLOOD_PIPE_SIZE)
+    except OSError:
+        pass  # no pipe, or the user's pipes take all the memory they may: it stays as slow as it is
 
 
 def _discard_input(channel: socket.socket) -> None:
@@ -1351,7 +1360,7 @@ class Executor:
 
     def _run(self, source: str, filename: str, parts: dict[str, bytes]) -> list[str] | None:
         """Run one cell. What it raised comes back as [type, message], the traceback in ``parts``."""
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        _set_handler(_SIGINT, self._on_interrupt)
         try:
             try:
                 self._in_cell = True
@@ -1542,6 +1551,9 @@ def _open_output(fd: int) -> io.TextIOWrapper:
     )
 
 
+# not signal.signal: its enums touch, and so after a fork copy, 40 pages
+_SIGINT = int(signal.SIGINT)
+
 _libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: calls keep the interpreter's lock
 
 
@@ -1606,6 +1618,8 @@ def _run_executor(
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setpgid(0, 0)
+        if os.getppid() == 1:
+            os.nice(CELL_NICENESS)
         pipes = {1: outputs["stdout"], 2: outputs["stderr"]}
         for fd, pipe in pipes.items():
             os.dup2(pipe, fd)
