@@ -416,18 +416,22 @@ class WorkerEnv(BaseEnv):
         if isinstance(message, protocol.Loaded) and message.error:
             raise ConfigError(f"the context cannot be loaded in the sandbox: {message.error}")
 
-    def _send_context(
+    async def _send_context(
         self, header: dict[str, Any], data: bytes
-    ) -> asyncio.Future[tuple[protocol.Message, list[bytes]]]:
-        """By the shortest way there is: shared memory, or one frame, or parts of the size of a read."""
+    ) -> tuple[protocol.Message, list[bytes]]:
+        """By the shortest way there is: shared memory, or one frame, or parts as the sandbox takes them."""
         if self.share(data):
-            return self._ask({**header, "shared": True}, [])
+            return await self._ask({**header, "shared": True}, [])
         if len(data) <= PART:
-            return self._ask(header, [data])
+            return await self._ask(header, [data])
         reply = self._ask({**header, "size": len(data)}, [])
         for start in range(0, len(data), PART):
+            if reply.done():
+                break  # refused, or the sandbox is gone
             self._send_if_connected({"t": "part", "id": header["id"]}, [data[start : start + PART]])
-        return reply
+            assert self.session is not None
+            await self.session.drained()
+        return await reply
 
     async def _restore_contexts(self) -> None:
         """After the loss of a namespace: the contexts, at least, are the host's to give again."""

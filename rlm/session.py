@@ -82,6 +82,11 @@ class Session:
             raise SandboxLost(f"the sandbox cannot be reached: {reason}")
         self._connection.write(wire.encode(header, blobs))
 
+    async def drained(self) -> None:
+        """Return when the sandbox keeps up with what it is sent, or is gone."""
+        if self._connection is not None:
+            await self._connection.writable.wait()
+
     def abort(self, reason: str) -> None:
         """End the connection because of what came over it."""
         if self._connection is not None:
@@ -217,6 +222,8 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._progress = 0
         self._seen = 0
+        self.writable = asyncio.Event()
+        self.writable.set()
         self.transport: asyncio.Transport
 
     # -- asyncio's side
@@ -252,13 +259,16 @@ class Connection(asyncio.Protocol):
             self.abort(str(error))
 
     def pause_writing(self) -> None:
-        """The sandbox does not read its answers: ask for no more."""
+        """The sandbox does not read what it is sent: take no more calls meanwhile."""
+        self.writable.clear()
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
+        self.writable.set()
         self.transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.writable.set()
         self._strangers.discard(self)
         if self._timer is not None:
             self._timer.cancel()

@@ -38,7 +38,7 @@ import threading
 import time
 import traceback
 import types
-from _signal import signal as _set_handler
+from _signal import signal as _set_handler  # type: ignore[import-not-found]
 from typing import Any, Callable, Iterable, NoReturn, Sequence
 
 from rlm import lockdown, wire
@@ -417,10 +417,16 @@ class Supervisor:
     # -- contexts that come in parts: kept once, outside of this process, and handed on whole
 
     def _begin_parts(self, message: dict[str, Any], frame: bytes) -> None:
+        self._drop_incoming()
         if message["size"] > _free_memory():
             self._finish_load({"id": message["id"], "error": "MemoryError: " + NO_ROOM})
         else:
             self._incoming = Incoming(message["id"], message["size"], frame)
+
+    def _drop_incoming(self) -> None:
+        if self._incoming is not None:  # the host has given it up, or its executor has died
+            os.close(self._incoming.descriptor)
+            self._incoming = None
 
     def _add_part(self, message: dict[str, Any], data: bytes) -> None:
         incoming = self._incoming
@@ -591,9 +597,7 @@ class Supervisor:
         self._channel.close()
         if not self._greeted or self._restarts > RESTART_LIMIT:
             self._give_up_session(cause)
-        if self._incoming is not None:
-            os.close(self._incoming.descriptor)
-            self._incoming = None
+        self._drop_incoming()
         if self._crash is not None:  # the standby died while it took over
             self._slot.pid = 0
             cause = self._crash
