@@ -13,15 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlm import wire
-
-SOURCES = Path(wire.__file__).parent
-BOOT = """
-import sys, types
-rlm = types.ModuleType("rlm"); rlm.__path__ = [sys.argv[1]]; sys.modules["rlm"] = rlm
-from rlm import worker
-worker.serve(int(sys.argv[2]), int(sys.argv[2]), "the token", {"output_limit": 1000})
-"""
+from rlm import boot, wire
 
 
 @functools.cache
@@ -39,13 +31,16 @@ def interpreters() -> list[str]:
 class Worker:
     """A worker process, and our end of its connection."""
 
-    def __init__(self, python: str) -> None:
+    def __init__(self, python: str, **options: Any) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(20)
         with theirs:
-            command = [python, "-I", "-S", "-c", BOOT, str(SOURCES), str(theirs.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+            command = [python, *boot.COMMAND]
+            self.process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno())
+        self.socket.sendall(boot.payload({"output_limit": 1000, **options}))
         self._decoder = wire.Decoder(wire.parse_dict)
+        self.first, _ = self.receive()
+        self.socket.sendall(wire.encode({"t": "session", "token": "the token"}))
         self.hello, _ = self.receive()
 
     def receive(self) -> tuple[dict[str, Any], list[bytes]]:
@@ -71,7 +66,8 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
     assert worker.process.wait(20) == 0
 
 
-def test_the_first_frame_is_a_hello_with_the_token(worker: Worker) -> None:
+def test_a_worker_is_warm_before_it_has_a_session_and_then_proves_it(worker: Worker) -> None:
+    assert worker.first == {"t": "warm"}
     assert (worker.hello["t"], worker.hello["token"]) == ("hello", "the token")
     assert worker.hello["v"] == wire.PROTOCOL_VERSION
 
@@ -110,3 +106,41 @@ def test_the_session_ends_with_the_connection_even_in_a_busy_loop(worker: Worker
     worker.socket.sendall(wire.encode({"t": "execute", "id": 1}, [b"while True: pass"]))
     worker.socket.shutdown(socket.SHUT_RDWR)
     assert worker.process.wait(20) == 0
+
+
+def test_a_context_in_parts_is_whole_and_another_cell_sees_it(worker: Worker) -> None:
+    text = "\N{GREEK SMALL LETTER ALPHA}\r\n" * 500_000
+    data = text.encode()
+    header = {"t": "load", "id": -1, "names": ["context"], "format": "text", "size": len(data)}
+    worker.socket.sendall(wire.encode(header))
+    for start in range(0, len(data), 999_999):
+        worker.socket.sendall(wire.encode({"t": "part", "id": -1}, [data[start : start + 999_999]]))
+    assert worker.receive()[0] == {"t": "loaded", "id": -1}
+    assert worker.execute(1, "len(context), context[-3:]")[1]["echo"] == repr((len(text), text[-3:])).encode()
+
+
+def test_parts_of_a_context_that_was_given_up_are_dropped(worker: Worker) -> None:
+    load = {"t": "load", "names": ["context"], "format": "text", "size": 4}
+    worker.socket.sendall(wire.encode({**load, "id": -1}) + wire.encode({"t": "part", "id": -1}, [b"ab"]))
+    worker.socket.sendall(wire.encode({**load, "id": -2}) + wire.encode({"t": "part", "id": -1}, [b"cd"]))
+    worker.socket.sendall(wire.encode({"t": "part", "id": -2}, [b"efgh"]))
+    assert worker.receive()[0] == {"t": "loaded", "id": -2}
+    assert worker.execute(1, "context")[1]["value"] == b'"efgh"'
+
+
+def test_a_worker_ends_when_it_has_lived_for_its_time() -> None:
+    worker = Worker(sys.executable, time_to_live=1)
+    worker.socket.sendall(wire.encode({"t": "execute", "id": 1}, [b"while True: pass"]))
+    assert worker.process.wait(20) == 0
+    worker.socket.close()
+
+
+def test_an_interpreter_that_is_too_old_says_so() -> None:
+    check = boot.COMMAND[-1].replace("sys.version_info >= (3, 8)", "sys.version_info >= (99,)")
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Python 3.8 or later is needed, this is 3.")
+
+
+def test_what_travels_names_no_path_of_this_machine() -> None:
+    assert str(Path(boot.__file__).parent.parent).encode() not in boot.payload({})
