@@ -48,7 +48,7 @@ def payload(options: dict[str, Any]) -> bytes:
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _files() -> list[bytes]:
     """This file's source, then of each that travels the source and, compiled, the code."""
     parts = [Path(__file__).read_bytes()]
