@@ -659,9 +659,8 @@ class Supervisor:
             self._bury(spare)
             if not found:
                 break
-        for pid in spare if alone else ():
-            if pid:
-                _signal(pid, signal.SIGCONT)
+        if alone:
+            _signal(-1, signal.SIGCONT)
 
     def _bury(self, spare: tuple[int, ...]) -> None:
         """Collect those of the killed that are this process's own children by now."""

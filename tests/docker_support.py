@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,8 +161,6 @@ def _mounts_below(folder: Path) -> list[str]:
 
 def within(seconds: float, act: Callable[[], object]) -> None:
     """Do something on a thread after a while."""
-    import threading
-
     timer = threading.Timer(seconds, act)
     timer.daemon = True
     timer.start()

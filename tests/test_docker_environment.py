@@ -271,7 +271,7 @@ def test_a_setting_that_makes_no_sense_is_a_config_error(settings: dict[str, Any
         ({"runtime": "no-such-runtime"}, ContainerRefused, "no-such-runtime"),
         ({"network": "no-such-network"}, ContainerRefused, "no-such-network"),
         ({"memory": 6}, ContainerRefused, "memory limit is too small"),
-        ({"docker_kwargs": {"no_such": 1}}, ContainerRefused, "no_such"),
+        ({"docker_kwargs": {"no_such": 1}}, ConfigError, "docker_kwargs.*no_such"),
         ({"docker_host": "tcp://127.0.0.1:9"}, EngineUnavailable, "tcp://127.0.0.1:9.*start it"),
         ({"docker_host": "unix:///no/such.sock"}, EngineUnavailable, "no/such.sock.*environment='local'"),
     ],
@@ -282,7 +282,7 @@ def test_what_cannot_start_says_why_and_leaves_nothing(
 ) -> None:
     with pytest.raises(error, match=f"(?s){says}"), open_repl("docker", **settings):
         pass
-    assert issubclass(error, SandboxUnavailable)
+    assert issubclass(error, SandboxUnavailable | ConfigError)
 
 
 def test_an_image_that_cannot_be_pulled_is_missing_and_says_what_would_do(tmp_path: Path) -> None:

@@ -89,7 +89,11 @@ class Container:
         command = engine.command
         async with engine.starts:
             created = await engine.create(image, pull, settings)
-            self = cls._keep(engine, created, command, float(options["time_to_live"]))
+            try:
+                self = cls._keep(engine, created, command, float(options["time_to_live"]))
+            except OSError as error:
+                engine.discard(created)
+                raise SandboxUnavailable(f"the docker command cannot be started: {error}") from error
             try:
                 await self._bring_up(options)
             except BaseException:

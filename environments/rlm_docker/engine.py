@@ -15,10 +15,11 @@ import logging
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rlm.errors import RLMError, SandboxUnavailable
+from rlm.errors import ConfigError, RLMError, SandboxUnavailable
 
 from . import ownership
 from .errors import (
@@ -56,6 +57,7 @@ class Engine:
     def __init__(self, host: str | None = None) -> None:
         self.host = host
         self._client: Any = None
+        self._connecting = threading.Lock()
         self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="rlm-docker")
         self._present: set[str] = set()
         self._pulling = asyncio.Lock()
@@ -70,10 +72,13 @@ class Engine:
     def _call(self, work: Callable[[Any], Value], doing: str) -> Value:
         try:
             knock(self.host)
-            if self._client is None:
-                self._client = connect(self.host)
-                self._threads.submit(_sweep_quietly, self._client)
+            with self._connecting:
+                if self._client is None:
+                    self._client = connect(self.host)
+                    self._threads.submit(_sweep_quietly, self._client)
             return work(self._client)
+        except RLMError:
+            raise
         except Exception as error:  # the SDK raises its own, requests', urllib3's and the system's
             raise explained(error, doing, self.host) from error
 
@@ -116,12 +121,16 @@ class Engine:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:  # the engine is at it: what comes of it is nobody's
-            task.add_done_callback(self._discard)
+            task.add_done_callback(self._discard_result)
             raise
 
-    def _discard(self, created: asyncio.Task[Any]) -> None:
+    def _discard_result(self, created: asyncio.Task[Any]) -> None:
         if not created.cancelled() and created.exception() is None:
-            self._threads.submit(created.result().remove, force=True)
+            self.discard(created.result())
+
+    def discard(self, container: Any) -> None:
+        """Remove a container that never started, in the background."""
+        self._threads.submit(container.remove, force=True)
 
     async def _default_image(self) -> str:
         def built(client: Any) -> str:
@@ -151,7 +160,10 @@ def _sweep_quietly(client: Any) -> None:
 
 
 def _create(image: str, settings: dict[str, Any], client: Any) -> Any:
-    return client.containers.create(image, **settings)
+    try:
+        return client.containers.create(image, **settings)
+    except TypeError as error:  # the SDK's word for an argument that it does not have
+        raise ConfigError(f"the Docker SDK does not take these docker_kwargs: {error}") from error
 
 
 def _ways_to_an_image(image: str, is_default: bool, error: Exception) -> str:
