@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from . import context as contexts
 from . import protocol
-from .errors import ConfigError, RLMError, SandboxError, SandboxLost
+from .errors import ConfigError, SandboxError, SandboxLost
 from .handler import LMHandler
 from .session import BROKEN, ServeCalls, Session
 from .wire import FrameError
@@ -352,7 +352,7 @@ class WorkerEnv(BaseEnv):
         self._contexts_are_gone = self._contexts_are_gone or crash.state == "lost"
         for number, future in self._pending.items():
             if number < 0 and not future.done():  # a load that will not be answered any more
-                future.set_exception(_load_error(crash))
+                future.set_exception(SandboxError("the sandbox's process died while it loaded a context"))
 
     def _connection_lost(self, lost: asyncio.Future[str]) -> None:
         if self._death is None:
@@ -484,12 +484,6 @@ def _plain(text: str | None) -> Any:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _load_error(crash: protocol.Crash) -> RLMError:
-    if crash.cause == "memory":
-        return ConfigError("the context cannot be loaded: it does not fit into the sandbox's memory limit")
-    return SandboxError("the sandbox's process died while it loaded a context")
 
 
 def _losses(crash: protocol.Crash) -> tuple[str, ...]:

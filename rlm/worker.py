@@ -62,7 +62,7 @@ CELL_NICENESS = 10
 
 CHANNEL_CLOSED = "its connection was closed from within"
 
-NO_ROOM = "it does not fit into the sandbox's memory limit"
+NO_ROOM = "it does not fit into the sandbox's memory limit, which environment_kwargs={'memory': MiB} sets"
 
 _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 
@@ -598,6 +598,10 @@ class Supervisor:
         if not self._greeted or self._restarts > RESTART_LIMIT:
             self._give_up_session(cause)
         self._drop_incoming()
+        if cause["cause"] == "memory":
+            for number in tuple(self._loading):
+                self._finish_load({"id": number, "error": "MemoryError: " + NO_ROOM})
+        self._loading.clear()
         if self._crash is not None:  # the standby died while it took over
             self._slot.pid = 0
             cause = self._crash
