@@ -30,18 +30,9 @@ def loop() -> asyncio.AbstractEventLoop:
     global _loop, _owner
     with _lock:
         if _loop is None or _owner != os.getpid():
-            _loop, _owner = _new_loop(), os.getpid()
+            _loop, _owner = asyncio.new_event_loop(), os.getpid()
             threading.Thread(target=_loop.run_forever, name=_THREAD, daemon=True).start()
         return _loop
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    new: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return new
 
 
 def run(work: Coroutine[Any, Any, Value]) -> Value:

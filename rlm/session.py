@@ -14,7 +14,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from . import protocol, wire
 from .errors import RLMError, SandboxLost, SandboxUnavailable
@@ -229,8 +229,7 @@ class Connection(asyncio.Protocol):
     # -- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         self._strangers.add(self)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(HELLO_TIMEOUT, self.abort, "no hello in time")
