@@ -11,6 +11,7 @@ Standard library only, CPython 3.8 and later: the lower half of this file travel
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import marshal
 import os
@@ -86,6 +87,9 @@ def boot(part: Any) -> NoReturn:
         filename = f"rlm/{name}.py"
         codes[name] = marshal.loads(compiled) if same_version else compile(source, filename, "exec")
     worker = install(codes)
+    del codes, source, compiled
+    gc.collect()
+    gc.freeze()  # a collection in a fork then leaves the pages of all this shared
     reader, writer = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):

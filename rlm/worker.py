@@ -39,7 +39,7 @@ import time
 import traceback
 import types
 from _signal import signal as _set_handler  # type: ignore[import-not-found]
-from typing import Any, Callable, Iterable, NoReturn, Sequence
+from typing import Any, Callable, Iterable, NoReturn, Sequence, Tuple
 
 from rlm import lockdown, wire
 
@@ -56,6 +56,10 @@ faster than the host reads is slowed down, not buffered."""
 
 RESTART_LIMIT = 3
 """Executors that may die in a row before they are ready, before the session is given up."""
+
+CROWD = 8
+"""Processes that must still be possible, in a container, for an interrupt to make sense: it
+reaches one process, and a bomb is hundreds."""
 
 CELL_NICENESS = 10
 """How far cells stand back behind their supervisor in a container, whose CPU time both share."""
@@ -370,10 +374,10 @@ class Supervisor:
             self._greet()
         elif kind == "interrupt":
             if self._cell == message["id"] and self._crash is None:
-                try:
-                    os.kill(self._executor, signal.SIGINT)
-                except ProcessLookupError:
-                    pass  # it has just died, which is the next thing this loop will see
+                if _room(_PROCESSES) < CROWD:
+                    self._recover({"cause": "killed", "code": 0})
+                else:
+                    _signal(self._executor, signal.SIGINT)
         elif kind == "kill":
             if self._cell == message["id"] and self._crash is None:
                 self._recover({"cause": "killed", "code": 0})
@@ -418,7 +422,7 @@ class Supervisor:
 
     def _begin_parts(self, message: dict[str, Any], frame: bytes) -> None:
         self._drop_incoming()
-        if message["size"] > _free_memory():
+        if message["size"] > _room(_MEMORY):
             self._finish_load({"id": message["id"], "error": "MemoryError: " + NO_ROOM})
         else:
             self._incoming = Incoming(message["id"], message["size"], frame)
@@ -747,15 +751,20 @@ _MEMORY_EVENTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.
 """Where a container finds its own cgroup's counters, in version 2 and in version 1."""
 
 
-_MEMORY_USE = (
+_MEMORY = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+_PROCESSES = (
+    ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids.current"),
+    ("/sys/fs/cgroup/pids/pids.max", "/sys/fs/cgroup/pids/pids.current"),
+)
+"""Files with a limit of this container's, and what is used of it."""
 
 
-def _free_memory() -> int:
-    """Bytes that this container may still use; very many where nothing limits them."""
-    for limit, use in _MEMORY_USE:
+def _room(files: Sequence[Tuple[str, str]]) -> int:
+    """How much of something this container may still use; very much where nothing limits it."""
+    for limit, use in files:
         try:
             with open(limit, "rb") as limit_file, open(use, "rb") as use_file:
                 return int(limit_file.read()) - int(use_file.read())
