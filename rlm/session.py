@@ -255,7 +255,7 @@ class Connection(asyncio.Protocol):
         try:
             self._decoder.close()
         except wire.FrameError as error:
-            self.abort(str(error))
+            self.abort(str(error), broken=False)  # whatever ended it, it was no message
 
     def pause_writing(self) -> None:
         """The sandbox does not read what it is sent: take no more calls meanwhile."""
@@ -281,12 +281,12 @@ class Connection(asyncio.Protocol):
         """Send bytes; the transport buffers what the socket does not take."""
         self.transport.write(data)
 
-    def abort(self, reason: str) -> None:
-        """End this connection, and say why in the log."""
+    def abort(self, reason: str, *, broken: bool = True) -> None:
+        """End this connection, and say why in the log. ``broken``: because of a message."""
         who = f"session {self._session.id}" if self._session else "an unknown connection"
         reason = "".join(c if c.isprintable() else " " for c in reason[:500])
         log.warning("closed %s: %s", who, reason)
-        self._reason = BROKEN + reason
+        self._reason = BROKEN + reason if broken else reason
         self.transport.abort()
 
     def _greet(self, message: protocol.Message, blobs: Blobs) -> None:

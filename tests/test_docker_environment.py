@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from docker_support import all_gone, client, need_engine, second_engine
+from docker_support import client, need_engine, second_engine
 
 from rlm import RLM, open_repl
 from rlm.errors import ConfigError, SandboxUnavailable
@@ -340,24 +340,3 @@ def test_another_engine_over_tcp_and_by_docker_host(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv("DOCKER_HOST")
         with open_repl("docker", docker_host=other.host) as session:
             assert value(session, "'by its socket'") == "by its socket"
-
-
-def test_the_engine_it_was_is_left_alone(open_session: Callable[..., REPL]) -> None:
-    session = open_session()
-    session.close()
-    assert all_gone()
-
-
-@pytest.fixture
-def open_session() -> Iterator[Callable[..., REPL]]:
-    """Opens sessions, and closes them."""
-    opened: list[REPL] = []
-
-    def new(**settings: Any) -> REPL:
-        session = open_repl("docker", **settings).__enter__()
-        opened.append(session)
-        return session
-
-    yield new
-    for session in opened:
-        session.close()

@@ -41,6 +41,9 @@ READY_TIMEOUT = 60.0
 EXIT_TIMEOUT = 15.0
 """Seconds that the end of the process waits for the last containers to be removed."""
 
+FORCE_TIMEOUT = 5.0
+"""Seconds that a forced removal gets, after that."""
+
 SECOND_LOOK = 1.0
 """Seconds after which an engine that is shutting down has stopped to answer."""
 
@@ -205,9 +208,11 @@ class Container:
             self._keeper.wait(timeout)
         except subprocess.TimeoutExpired:  # it does not end by itself: somebody has paused it, say
             command = [self._engine.command, "rm", "--force", "--volumes", self.id]
-            subprocess.run(command, env=self._engine.environ, capture_output=True, check=False)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._keeper.wait(timeout)
+                subprocess.run(
+                    command, env=self._engine.environ, capture_output=True, check=False, timeout=FORCE_TIMEOUT
+                )
+                self._keeper.wait(FORCE_TIMEOUT)
         _living.discard(self)
 
     # -- death

@@ -58,7 +58,7 @@ class Engine:
         self.host = host
         self._client: Any = None
         self._connecting = threading.Lock()
-        self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="rlm-docker")
+        self._slots = asyncio.Semaphore(THREADS)
         self._present: set[str] = set()
         self._pulling = asyncio.Lock()
         self.starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
@@ -67,7 +67,8 @@ class Engine:
 
     async def call(self, work: Callable[[Any], Value], doing: str) -> Value:
         """Give the SDK's client to ``work``, on a thread. Raises SandboxUnavailable, explained."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, work, doing)
+        async with self._slots:
+            return await asyncio.wrap_future(_on_a_thread(lambda: self._call(work, doing)))
 
     def _call(self, work: Callable[[Any], Value], doing: str) -> Value:
         try:
@@ -75,7 +76,7 @@ class Engine:
             with self._connecting:
                 if self._client is None:
                     self._client = connect(self.host)
-                    self._threads.submit(_sweep_quietly, self._client)
+                    _on_a_thread(functools.partial(_sweep_quietly, self._client))
             return work(self._client)
         except RLMError:
             raise
@@ -130,7 +131,7 @@ class Engine:
 
     def discard(self, container: Any) -> None:
         """Remove a container that never started, in the background."""
-        self._threads.submit(container.remove, force=True)
+        _on_a_thread(functools.partial(container.remove, force=True))
 
     async def _default_image(self) -> str:
         def built(client: Any) -> str:
@@ -149,6 +150,21 @@ class Engine:
                     raise
                 raise ImageMissing(_ways_to_an_image(image, is_default, error)) from error
             self._present.add(image)
+
+
+def _on_a_thread(work: Callable[[], Value]) -> concurrent.futures.Future[Value]:
+    """Do something on a thread that the end of the process does not wait for: an engine may hang."""
+    outcome: concurrent.futures.Future[Value] = concurrent.futures.Future()
+
+    def run() -> None:
+        outcome.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="rlm-docker", daemon=True).start()
+    return outcome
 
 
 def _sweep_quietly(client: Any) -> None:
