@@ -37,6 +37,9 @@ RECOVERY_TIMEOUT = 10.0
 PART = 1 << 20
 """Bytes of a context that travel in one frame, so that no end need hold all of it twice."""
 
+LOAD_TIMEOUT, LOAD_SPEED = 60.0, 1 << 20
+"""Seconds a sandbox gets to take a context, and bytes of it for which it gets one more."""
+
 AUTOPSY_TIMEOUT = 10.0
 """Seconds an environment gets to find out why its sandbox died."""
 
@@ -410,7 +413,12 @@ class WorkerEnv(BaseEnv):
         number = -self._loads  # cells are numbered from 1, as their tracebacks say
         header = {"t": "load", "id": number, "names": names, "format": form}
         try:
-            message, _ = await self._send_context(header, data)
+            async with asyncio.timeout(LOAD_TIMEOUT + len(data) / LOAD_SPEED):
+                message, _ = await self._send_context(header, data)
+        except TimeoutError:
+            assert self.session is not None
+            self.session.abort("it did not take a context")
+            raise SandboxLost("the sandbox is gone: it did not take a context") from None
         finally:
             self._pending.pop(number, None)
         if isinstance(message, protocol.Loaded) and message.error:
@@ -436,9 +444,9 @@ class WorkerEnv(BaseEnv):
     async def _restore_contexts(self) -> None:
         """After the loss of a namespace: the contexts, at least, are the host's to give again."""
         if self._contexts_are_gone:
-            self._contexts_are_gone = False
             for names, value in self._contexts:
                 await self._load(names, value)
+            self._contexts_are_gone = False
 
     # -- results
 

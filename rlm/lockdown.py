@@ -277,8 +277,10 @@ _DENIED = {
 _ON_ITSELF = {
     "prlimit64": (302, 261, 0), "sched_setaffinity": (203, 122, 0), "sched_setscheduler": (144, 119, 0),
     "sched_setparam": (142, 118, 0), "sched_setattr": (314, 274, 0), "migrate_pages": (256, 238, 0),
-    "move_pages": (279, 239, 0), "setpriority": (141, 140, 1), "ioprio_set": (251, 30, 1),
+    "move_pages": (279, 239, 0),
 }  # fmt: skip
+# The same where the first argument says what the second one names: it must be a process.
+_ON_ONE_PROCESS = {"setpriority": (141, 140, 0), "ioprio_set": (251, 30, 1)}
 
 # Owner, mode, times and attributes of files, which no path rule of Landlock covers. Programs that
 # copy files set them as a matter of course, so these report success and do nothing.
@@ -319,6 +321,11 @@ def _deny_unless(number: int, at: int, mask: int, allowed: Iterable[int]) -> Lis
     return [_op(_JUMP_EQ, number, 0, len(body)), *body]
 
 
+def _deny_unless_equal(at: int, value: int) -> List[bytes]:
+    """Within one call: EPERM unless an argument has this value; else on to the next instruction."""
+    return [_op(_LOAD, at), _op(_JUMP_EQ, value, 1, 0), _op(_RETURN, _ERRNO | _EPERM)]
+
+
 def _filter_program(machine: str, network: bool, attributes: bool) -> bytes:
     """The BPF program: see seccomp(2). ``network`` leaves internet sockets open."""
     column = 0 if machine == "x86_64" else 1
@@ -336,6 +343,10 @@ def _filter_program(machine: str, network: bool, attributes: bool) -> bytes:
     for x86_64, aarch64, argument in _ON_ITSELF.values():
         number = (x86_64, aarch64)[column]
         program += _deny_unless(number, _AT_ARG0 + 8 * argument, 0xFFFFFFFF, (0,))
+    for x86_64, aarch64, process in _ON_ONE_PROCESS.values():
+        body = _deny_unless_equal(_AT_ARG0, process) + _deny_unless_equal(_AT_ARG1, 0)
+        body.append(_op(_RETURN, _ALLOW))
+        program += [_op(_JUMP_EQ, (x86_64, aarch64)[column], 0, len(body)), *body]
     for pair in () if attributes else _ATTRIBUTES.values():
         if pair[column] is not None:
             program += [_op(_JUMP_EQ, pair[column] or 0, 0, 1), _op(_RETURN, _ERRNO)]
@@ -421,8 +432,10 @@ def is_alive(pid: int) -> bool:
     """Whether a process exists and is not merely waiting to be collected."""
     try:
         with open("/proc/%d/stat" % pid, "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except (OSError, IndexError):
+            fields = file.read().rpartition(b")")[2].split()
+            # a main thread that has ended is a zombie while others of its process run on
+            return fields[0] not in (b"Z", b"X") or int(fields[17]) > 1
+    except (OSError, IndexError, ValueError):
         return False
 
 

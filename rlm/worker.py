@@ -57,6 +57,12 @@ faster than the host reads is slowed down, not buffered."""
 RESTART_LIMIT = 3
 """Executors that may die in a row before they are ready, before the session is given up."""
 
+FORWARD_TIMEOUT = 5.0
+"""Seconds an executor may keep its supervisor waiting with a context before it is killed."""
+
+READY_TIMEOUT = 5.0
+"""Seconds a standby, or a new executor, has to report before another takes its place."""
+
 CROWD = 8
 """Processes that must still be possible, in a container, for an interrupt to make sense: it
 reaches one process, and a bomb is hundreds."""
@@ -239,6 +245,7 @@ class Supervisor:
         self._last_batch = 0.0
         self._greeted = False
         self._restarts = 0
+        self._ready_by = 0.0
         self._obituary: dict[str, Any] | None = None
         self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
         self._memory_kills = _out_of_memory_kills()
@@ -320,7 +327,10 @@ class Supervisor:
             interest |= select.POLLOUT
         self._poll.modify(channel, interest)
         unsent = self._cell is not None and any(c.unsent for c in self._captured.values())
-        for fd, _ in self._poll.poll(1000 * (STREAM_INTERVAL if unsent else self._time_left())):
+        timeout = STREAM_INTERVAL if unsent else self._time_left()
+        if self._crash is not None:
+            timeout = min(timeout, READY_TIMEOUT)
+        for fd, _ in self._poll.poll(1000 * timeout):
             if fd == channel:
                 self._read_executor(channel)
             elif fd == self._reader:
@@ -332,6 +342,8 @@ class Supervisor:
                 self._reap()
             if channel != self._channel.fileno():
                 break  # the executor was replaced: the other events may be of the old one
+        if self._crash is not None and time.monotonic() > self._ready_by:
+            self._recover(self._crash)
         self._stream()
 
     def _time_left(self) -> float:
@@ -409,14 +421,25 @@ class Supervisor:
     def _forward(self, frame: bytes, descriptor: int) -> None:
         """Hand a frame and the descriptor of its data on to the executor, and close that."""
         try:
-            self._channel.setblocking(True)
-            self._to_executor.flush()
-            _send_with_descriptor(self._channel, frame, descriptor)
-            self._channel.setblocking(False)
-        except ConnectionError:
+            end = time.monotonic() + FORWARD_TIMEOUT
+            while self._to_executor.size:
+                self._wait_for_executor(end)
+                self._to_executor.flush()
+            self._wait_for_executor(end)
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))]
+            sent = self._channel.sendmsg([frame], ancillary)
+            self._to_executor.send(frame[sent:])
+        except OSError:
             self._recover({"cause": CHANNEL_CLOSED, "code": 0})
         finally:
             os.close(descriptor)
+
+    def _wait_for_executor(self, end: float) -> None:
+        """Wait until the executor's socket takes something. Raises OSError when it does not by ``end``."""
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLOUT)
+        if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+            raise BlockingIOError
 
     # -- contexts that come in parts: kept once, outside of this process, and handed on whole
 
@@ -520,6 +543,7 @@ class Supervisor:
             self._host.send(wire.encode({"t": "warm"}))
         else:
             self._host.send(wire.encode({**self._hello, "token": self._token}))
+            self._token = ""  # not even what is forked later need hold it
 
     # -- output
 
@@ -612,6 +636,7 @@ class Supervisor:
         else:
             self._crashed_cell, self._cell = self._cell, None
         self._crash = cause
+        self._ready_by = time.monotonic() + READY_TIMEOUT
         self._restarts += 1
         standby = self._slot.pid if self._slot.pid != self._executor else 0
         self._kill_all(spare=(standby,))

@@ -140,7 +140,11 @@ for act in ("os.kill(1, signal.SIGKILL)", "os.kill(1, signal.SIGSTOP)", "os.kill
             "seccomp (unconfined)",
         ),
         ({"docker_kwargs": {"security_opt": []}}, "privileges (setuid programs work)"),
-        ({"docker_kwargs": {"pid_mode": "host"}}, "name spaces (the host's Pid)"),
+        ({"docker_kwargs": {"pid_mode": "host"}}, "name spaces (shared: Pid host)"),
+        ({"docker_kwargs": {"ipc_mode": "shareable"}}, "name spaces (shared: IPC shareable)"),
+        ({"docker_kwargs": {"group_add": ["0"]}}, "user (groups: 0)"),
+        ({"docker_kwargs": {"device_cgroup_rules": ["c 1:3 r"]}}, "files (devices"),
+        ({"docker_kwargs": {"oom_kill_disable": True}}, "memory (nothing is killed"),
         ({"docker_kwargs": {"pids_limit": None}}, "processes (no limit)"),
         ({"docker_kwargs": {"mem_limit": None, "memswap_limit": None}}, "memory (no limit)"),
         ({"docker_kwargs": {"memswap_limit": -1}}, "memory (may swap)"),
@@ -251,7 +255,16 @@ def test_nothing_else_can_be_written(repl: REPL, path: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"pull": "sometimes"}, {"memory": 0}, {"cpus": -1}, {"files": 0}, {"time_to_live": 0}, {"imagine": "x"}],
+    [
+        {"pull": "sometimes"},
+        {"memory": 0},
+        {"cpus": -1},
+        {"files": 0},
+        {"time_to_live": 0},
+        {"imagine": "x"},
+        {"docker_kwargs": {"tty": True}},
+        {"docker_kwargs": {"labels": ["x"]}},
+    ],
     ids=str,
 )
 def test_a_setting_that_makes_no_sense_is_a_config_error(settings: dict[str, Any]) -> None:

@@ -125,6 +125,31 @@ def test_an_engine_that_stops_in_a_cell_is_the_right_error_and_the_next_run_work
         assert eventually(lambda: b"rlm-" not in other.docker("ps", "--all").stdout, 30)
 
 
+def test_a_sandbox_that_takes_no_context_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlm.environment.LOAD_TIMEOUT", 1.0)
+    with open_repl("docker") as session:
+        freeze = "import os, signal, time\nparent = os.getpid()\nif os.fork() == 0:\n"
+        session.execute(freeze + "    time.sleep(0.3); os.kill(parent, signal.SIGSTOP); time.sleep(60)")
+        time.sleep(1)
+        with pytest.raises(SandboxLost, match="did not take a context"):
+            session.add_context("x" * 3_000_000)
+    assert all_gone()
+
+
+def test_a_process_forked_from_the_owner_keeps_no_container_alive() -> None:
+    session = open_repl("docker").__enter__()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        session.close()
+        assert all_gone(seconds=10)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 # --- the end of a session -----------------------------------------------------------------
 
 
@@ -338,6 +363,8 @@ def test_a_sweep_takes_what_dead_processes_left_and_nothing_else(make: Callable[
     expired = {**elsewhere, "rlm_created": "1000"}
     kept = [make(), make(running=True), make(**elsewhere), make(running=True, **elsewhere),
             make(running=True, **expired)]  # fmt: skip
+    assert not ownership._is_owner(999999999, "1")
+    assert ownership._is_owner(os.getpid(), ownership.started(os.getpid()))
     taken = [make(**dead), make(running=True, **dead), make(**recycled), make(**expired)]
     removed = hostloop.run(DockerREPL.sweep())
     assert {box.name for box in taken} <= {found.id for found in removed}

@@ -32,7 +32,7 @@ def _files(attributes: Attributes, host: Attributes) -> str:
     mounts = [mount.get("Source") or mount["Destination"] for mount in attributes.get("Mounts", [])]
     if mounts:
         return f"mounted: {', '.join(sorted(mounts))}"
-    if host.get("Devices"):
+    if any(host.get(kind) for kind in ("Devices", "DeviceRequests", "DeviceCgroupRules")):
         return "devices are passed in"
     return "" if host["ReadonlyRootfs"] else "the root file system can be written"
 
@@ -48,6 +48,8 @@ def _scratch(_: Attributes, host: Attributes) -> str:
 
 def _user(attributes: Attributes, _: Attributes) -> str:
     user = attributes["Config"].get("User", "")
+    if attributes["HostConfig"].get("GroupAdd"):
+        return f"groups: {', '.join(attributes['HostConfig']['GroupAdd'])}"
     return f"user {user or 'root'!r}" if user.partition(":")[0] in ("", "0", "root") else ""
 
 
@@ -70,8 +72,10 @@ def _seccomp(_: Attributes, host: Attributes) -> str:
 
 
 def _spaces(_: Attributes, host: Attributes) -> str:
-    shared = [kind for kind in ("Ipc", "Pid", "UTS", "Userns") if host.get(f"{kind}Mode") == "host"]
-    return f"the host's {', '.join(shared)}" if shared else ""
+    shared = [f"{kind} {mode}" for kind in ("Pid", "UTS", "Userns") if (mode := host.get(f"{kind}Mode"))]
+    if host.get("IpcMode") not in ("none", "private"):
+        shared.append(f"IPC {host.get('IpcMode')}")
+    return f"shared: {', '.join(shared)}" if shared else ""
 
 
 def _processes(_: Attributes, host: Attributes) -> str:
@@ -81,6 +85,10 @@ def _processes(_: Attributes, host: Attributes) -> str:
 def _memory(_: Attributes, host: Attributes) -> str:
     if not host.get("Memory"):
         return "no limit"
+    if host.get("OomKillDisable"):
+        return "nothing is killed when it is used up"
+    if host.get("CgroupParent"):
+        return f"below the cgroup {host['CgroupParent']}"
     return "" if host.get("MemorySwap") == host["Memory"] else "may swap"
 
 

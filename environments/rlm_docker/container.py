@@ -32,7 +32,6 @@ from .errors import (
     ContainerRefused,
     ContainerRemoved,
     EngineLost,
-    EngineUnavailable,
 )
 
 READY_TIMEOUT = 60.0
@@ -49,11 +48,18 @@ SECOND_LOOK = 1.0
 
 _KEEPER = """
 docker=$1; container=$2
-"$docker" start --attach --interactive "$container" <&1
-exec >/dev/null        # the last hand on the stream: its other end learns that it is over
-read -r _              # until the leash is let go
+remove() { "$docker" rm --force --volumes "$container" 2>&1; }
+exec 3<&0
+"$docker" start --attach --interactive "$container" <&1 3<&- &
+start=$!
+exec >/dev/null </dev/null      # the stream is the command's alone: it is over when that ends
+{ read -r _ <&3; for _ in 1 2 3 4 5 6 7 8 9 10; do sleep 0.5; done; remove; } 2>/dev/null &
+watch=$!                        # removes what does not end by itself once the leash is let go
+wait "$start"
+read -r _ <&3
+kill "$watch" 2>/dev/null
 for _ in 1 2 3 4 5; do
-    case $("$docker" rm --force --volumes "$container" 2>&1) in
+    case $(remove) in
         *"annot connect"* | *"error during connect"*) sleep 1 ;;    # the engine restarts, perhaps
         *) break ;;
     esac
@@ -192,6 +198,8 @@ class Container:
 
     def _let_go(self) -> bool:
         if self.stream is not None:
+            with contextlib.suppress(OSError):
+                self.stream.shutdown(socket.SHUT_RDWR)  # whoever was forked from here may hold it too
             self.stream.close()
             self.stream = None
         if self._handed_over is not None:
@@ -199,9 +207,20 @@ class Container:
                 self._handed_over.shutdown(socket.SHUT_RDWR)
         leash, self._leash = self._leash, -1
         if leash >= 0:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(leash, b"\n")  # as good as its end, whoever else may hold it
             os.close(leash)
             self._errors.close()
         return leash >= 0
+
+    def disown(self) -> None:
+        """In a process forked from the owner: let nothing here keep the container alive."""
+        if self._leash >= 0:
+            os.close(self._leash)
+            self._leash = -1
+        for stream in (self.stream, self._handed_over):
+            if stream is not None and stream.fileno() >= 0:
+                os.close(stream.detach())
 
     def _see_it_gone(self, timeout: float = EXIT_TIMEOUT) -> None:
         try:
@@ -224,20 +243,20 @@ class Container:
             if state is not None and state["ExitCode"] == 137 and not state["OOMKilled"]:
                 await asyncio.sleep(SECOND_LOOK)  # engines that stop kill their containers first
                 state = await self._state()
-        except EngineUnavailable as error:
+        except SandboxUnavailable as error:
             return EngineLost(f"the Docker engine stopped, and with it the sandbox. Now {error}")
         return self._verdict(state, reason)
 
     def _verdict(self, state: dict[str, Any] | None, reason: str) -> SandboxError:
         if state is None:
             return ContainerRemoved("somebody removed the sandbox's container while it ran (docker rm)")
-        if state["OOMKilled"]:
-            return ContainerOutOfMemory(
-                "the sandbox's container was killed because its memory was used up: give it more with "
-                "environment_kwargs={'memory': MiB}, or have the cells hold less"
-            )
         if time.monotonic() > self._expires:
             return ContainerExpired("the sandbox's time to live is over (time_to_live=, in seconds)")
+        if state["OOMKilled"] and state["ExitCode"] == 137:  # engines remember what cells were killed for
+            return ContainerOutOfMemory(
+                "the sandbox's container was killed, and its memory had been used up: give it more with "
+                "environment_kwargs={'memory': MiB}, or have the cells hold less"
+            )
         if state["Running"]:
             return EngineLost(
                 f"the stream to the sandbox's container broke: {reason}. Was the engine restarted?"
@@ -262,6 +281,17 @@ class Container:
 
 _living: set[Container] = set()
 _owner = os.getpid()
+
+
+def _disown_all() -> None:
+    global _owner
+    _owner = os.getpid()
+    for container in tuple(_living):
+        container.disown()
+    _living.clear()
+
+
+os.register_at_fork(after_in_child=_disown_all)
 
 
 @atexit.register

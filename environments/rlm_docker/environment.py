@@ -27,6 +27,20 @@ _TMPFS = "rw,nosuid,nodev,size={size}m,nr_inodes={files},mode=1777"
 
 NOBODY = "65534:65534"
 
+_OURS = {
+    "init",
+    "tty",
+    "detach",
+    "auto_remove",
+    "restart_policy",
+    "entrypoint",
+    "command",
+    "stdin_open",
+    "name",
+}
+"""Arguments of the SDK that `docker_kwargs` cannot set: what the stream, the supervisor's place as
+process 1, and the end of a container rest on."""
+
 
 class DockerREPL(WorkerEnv):
     """Runs cells in a hardened container on any Docker engine, local or remote.
@@ -83,6 +97,13 @@ class DockerREPL(WorkerEnv):
         for name, value in sizes.items():
             if not value > 0:
                 raise ConfigError(f"{name}={value!r}: it must be more than 0")
+        further = dict(docker_kwargs or {})
+        if taken := _OURS.intersection(further):
+            raise ConfigError(
+                f"docker_kwargs cannot set {', '.join(sorted(taken))}: the sandbox depends on them"
+            )
+        if not isinstance(further.get("labels", {}), Mapping):
+            raise ConfigError("docker_kwargs: labels is a dict, name to value")
         self._image = image
         self._pull: Pull = pull
         self._prewarm = prewarm
@@ -131,7 +152,7 @@ class DockerREPL(WorkerEnv):
             **({"runtime": runtime} if runtime else {}),
             "stop_signal": "SIGKILL",
             "use_config_proxy": False,
-            **(docker_kwargs or {}),
+            **further,
         }  # fmt: skip
 
     # -- launching
@@ -200,6 +221,6 @@ class DockerREPL(WorkerEnv):
         settings = {
             "name": f"rlm-{secrets.token_hex(6)}",
             **self._settings,
-            "labels": {**(self._settings.get("labels") or {}), **own},
+            "labels": {**self._settings.get("labels", {}), **own},
         }
         return await Container.start(self._engine(), self._image, self._pull, settings, self._worker_options)

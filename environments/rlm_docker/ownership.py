@@ -52,6 +52,20 @@ def started(pid: int) -> str | None:
     return " ".join(shown.split()) or None
 
 
+def _is_owner(pid: int, start: str | None) -> bool:
+    """Whether a process is the one that started at that time; one that cannot be looked at may be."""
+    now = started(pid)
+    if now is not None or pid <= 0:
+        return now == start
+    try:
+        os.kill(pid, 0)  # /proc may hide the processes of others
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return False  # ours to signal, and still without a start: it has ended, and waits to be collected
+
+
 def labels(run: str, session: str, time_to_live: float) -> dict[str, str]:
     """The labels of a container that this process starts now."""
     return {
@@ -72,7 +86,7 @@ def describe(container: Any) -> SandboxInfo:
     pid = int(given.get(PID) or 0)
     created = float(given.get(CREATED) or 0)
     here = given.get(HOST) == this_host()
-    alive = here and given.get(STARTED) == started(pid)
+    alive = here and _is_owner(pid, given.get(STARTED))
     running = container.status in ("running", "paused", "restarting")
     expired = time.time() > created + float(given.get(TIME_TO_LIVE) or "inf")
     return SandboxInfo(

@@ -197,6 +197,8 @@ SYSTEM_CALLS = {  # the x86_64 number, and arguments
     "init_module": (175, "buffer, 0, b''"), "reboot": (169, "0xfee1dead, 672274793, 0, 0"), "swapon": (167, "b'/', 0"),
     "settimeofday": (164, "buffer, 0"), "sethostname": (170, "b'x', 1"), "syslog": (103, "3, buffer, 64"), "personality": (135, "0x0040000"),
     "name_to_handle_at": (303, "-100, b'/', buffer, buffer, 0"), "open_by_handle_at": (304, "0, buffer, 0"), "acct": (163, "b'x'"),
+    "setpriority of all of a user's": (141, "2, 0, 19"), "setpriority of a group": (141, "1, 0, 19"),
+    "ioprio_set of all of a user's": (251, "3, 0, 3 << 13"), "setpriority of another": (141, "0, 1, 19"),
     "a packet socket": (41, "17, 3, 0"), "a raw socket": (41, "2, 3, 1"), "an XDP socket": (41, "44, 3, 0"),
 }  # fmt: skip
 

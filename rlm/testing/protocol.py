@@ -39,6 +39,19 @@ FORGER = """
     """
 
 
+LIAR = """
+    import gc, os, time
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    for thing in gc.get_objects():
+        if type(thing).__name__ == 'StandbySlot': thing.pid = pid
+    os._exit(3)
+    """
+"""Names a process of its own as the one to go on from, and dies."""
+
+
 def _hello(token: str, version: int = wire.PROTOCOL_VERSION) -> bytes:
     return wire.encode({"t": "hello", "v": version, "token": token, "python": "3.11.0"})
 
@@ -77,6 +90,12 @@ class Protocol(Suite):
             await sandbox.run(FORGER.format(body=json.dumps(message)), timeout=3)
             await sandbox.run("pass", timeout=3)
         assert await neighbour.value("[x, llm_query('on')]") == [1, "echo:on"]
+
+    @requires("cpython", "processes")
+    async def test_a_cell_that_lies_about_its_copy_costs_no_session(self, sandbox: Sandbox) -> None:
+        await sandbox.env.add_context("the context")
+        await sandbox.run(LIAR, timeout=30)
+        assert await sandbox.value("context") == "the context"
 
     @requires("cpython")
     async def test_frames_that_are_printed_are_output(self, sandbox: Sandbox) -> None:
