@@ -636,13 +636,13 @@ class Supervisor:
         else:
             self._crashed_cell, self._cell = self._cell, None
         self._crash = cause
-        self._ready_by = time.monotonic() + READY_TIMEOUT
         self._restarts += 1
         standby = self._slot.pid if self._slot.pid != self._executor else 0
         self._kill_all(spare=(standby,))
         if not (standby and self._slot.pid == standby and self._activate(standby)):
             cause["state"] = "lost"
             self._start_executor()
+        self._ready_by = time.monotonic() + READY_TIMEOUT  # not from before: killing a bomb takes its time
 
     def _give_up_session(self, cause: dict[str, Any]) -> NoReturn:
         """No executor comes up here: say why, and end."""
