@@ -18,7 +18,6 @@ import os
 import sys
 import types
 from importlib.util import MAGIC_NUMBER
-from pathlib import Path
 from typing import Any, NoReturn
 
 MODULES = ("wire", "lockdown", "worker")
@@ -52,6 +51,8 @@ def payload(options: dict[str, Any]) -> bytes:
 @functools.lru_cache(maxsize=None)
 def _files() -> list[bytes]:
     """This file's source, then of each that travels the source and, compiled, the code."""
+    from pathlib import Path  # here, not above: a sandbox has no need of it
+
     parts = [Path(__file__).read_bytes()]
     for name in MODULES:
         source = Path(__file__).with_name(f"{name}.py").read_bytes()

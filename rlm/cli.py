@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, plugins
-from .errors import ConfigError, RLMError, SandboxUnavailable
+from .errors import BrokenPlugin, ConfigError, RLMError, SandboxUnavailable
 
 if TYPE_CHECKING:
     from .environment import SandboxInfo
@@ -32,7 +32,7 @@ def main() -> None:
     """Run the command line; errors of ours are one line and exit code 1."""
     try:
         for plugin in plugins.installed("rlm.commands"):
-            app.add_typer(plugin.load(), name=plugin.name)
+            _add_commands(plugin)
         app()
     except RLMError as error:
         _complain(error)
@@ -40,6 +40,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)  # noqa: T201 - the terminal is this module's business
         sys.exit(130)
+
+
+def _add_commands(plugin: plugins.Plugin) -> None:
+    """Mount what a package adds. One that is broken costs its own commands only."""
+    try:
+        app.add_typer(plugin.load(), name=plugin.name)
+    except BrokenPlugin as error:
+        _complain(error)
 
 
 def _complain(error: RLMError) -> None:
@@ -241,12 +249,12 @@ def _ask_environments(question: Literal["sandboxes", "sweep"]) -> list[SandboxIn
 
     found: list[SandboxInfo] = []
     for plugin in plugins.installed("rlm.environments"):
-        kind = plugin.load()
-        if isinstance(kind, SupportsSweep):
-            try:
+        try:
+            kind = plugin.load()
+            if isinstance(kind, SupportsSweep):
                 found += hostloop.run(getattr(kind, question)())
-            except SandboxUnavailable as error:
-                typer.echo(f"{plugin.name}: {error}", err=True)
+        except (BrokenPlugin, SandboxUnavailable) as error:
+            typer.echo(f"{plugin.name}: {error}", err=True)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from rlm import __version__, cli, plugins
 
 SCRIPT = "script=" + json.dumps(["```repl\nprint(len(context))\n```", "FINAL(it is done)"])
 RLM = [sys.executable, "-m", "rlm.cli"]
@@ -138,3 +141,18 @@ def test_ctrl_c_stops_a_running_cell_and_exits_with_130(document: Path) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in errors
+
+
+def test_a_broken_package_costs_its_own_commands_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = importlib.metadata.EntryPoint("broken", "no_such_module:app", "rlm.commands")
+    broken = plugins.Plugin("broken", point.value, "its-package", "1", point)
+    monkeypatch.setattr(plugins, "installed", lambda group: [broken] if group == "rlm.commands" else [])
+    monkeypatch.setattr(sys, "argv", ["rlm", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() == __version__
+    assert "its-package" in shown.err

@@ -45,19 +45,25 @@ process 1, and the end of a container rest on."""
 class DockerREPL(WorkerEnv):
     """Runs cells in a hardened container on any Docker engine, local or remote.
 
-    ``image``: any image with a ``python3`` of version 3.8 or later; by default
-    ``rlm-sandbox:latest`` where ``rlm docker build`` has made one, else ``python:3.12-slim``.
-    ``pull``: ``"missing"``, ``"never"`` or ``"always"``. Sizes are in MiB: ``memory`` of the
-    whole container, without swap; ``scratch`` of /tmp, and of /dev/shm, which count as memory (a
-    quarter of it, 512 at most, unless given). ``cpus`` may
-    be a fraction. ``files`` bounds the files of /tmp in number, ``processes`` those of the container.
+    ``image``: any image with a ``python3`` of version 3.8 or later (``python`` names it where it is
+    not on the PATH); by default ``rlm-sandbox:latest`` where ``rlm docker build`` has made one, else
+    ``python:3.12-slim``. ``pull``: ``"missing"``, ``"never"`` or ``"always"``.
+
+    Sizes are in MiB: ``memory`` of the whole container, without swap; ``scratch`` of /tmp and of
+    /dev/shm, each, which count as memory (a quarter of it, 512 at most, unless given); ``output``
+    of what is kept of each of a cell's two output streams. ``cpus`` may be a fraction; ``pids`` bounds
+    processes and threads, ``open_files`` those of one process, ``files`` the number in /tmp.
+    ``time_to_live``: seconds after which a container ends whatever happens. Without ``rollback``
+    a cell that has to be killed takes all variables with it, and short cells cost less.
+
     ``network``: ``"none"``, or a network of the engine's (``"bridge"``). ``volumes`` and ``env`` are as in
-    the Docker SDK; nothing of the host is mounted or passed on by itself. ``runtime``, e.g. ``"runsc"``.
-    ``time_to_live``: seconds after which a container ends whatever happens.
+    the Docker SDK; nothing of the host is mounted or passed on by itself. ``user`` as in ``docker run``;
+    ``runtime``, e.g. ``"runsc"``. ``docker_kwargs``: further arguments of the SDK's
+    ``containers.create``, which win over ours. Whatever loosens the default isolation is named in
+    `Isolation.missing`, and so in the trace.
+
     ``prewarm``: containers to keep started ahead for the next sessions with the same settings, each for
-    ``idle`` seconds at most. ``docker_host``: an address as in DOCKER_HOST. ``docker_kwargs``: further
-    arguments of the SDK's ``containers.create``; they win over ours. Whatever loosens the
-    default isolation is named in `Isolation.missing`, and so in the trace.
+    ``idle`` seconds at most. ``docker_host``: an address as in DOCKER_HOST.
     """
 
     suite = "rlm_docker.suite:DockerSuite"
