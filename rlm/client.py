@@ -7,49 +7,115 @@ Retries, limits, accounting and events are the LMHandler's, once for all clients
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import AsyncIterator
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length", "filter", "other"]
+Feature = Literal["temperature", "stop", "seed", "schema", "stream"]
 
 
-class Message(msgspec.Struct, frozen=True):
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One message of a conversation."""
 
     role: Role
     content: str
+    cache: bool = False
+    """Everything up to here will be sent again: worth a provider's while to keep."""
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Tokens of one call. ``input_tokens`` includes ``cached_tokens``; an unknown cost is None."""
+    """Tokens of one call. An unknown cost is None, never 0."""
 
     input_tokens: int = 0
+    """Everything that was read, ``cached_tokens`` and ``cache_write_tokens`` included."""
     output_tokens: int = 0
+    """Everything that was written, ``reasoning_tokens`` included."""
     cached_tokens: int = 0
+    """Of the input: read from the provider's cache."""
     cost: float | None = None
+    """US dollars."""
+    cache_write_tokens: int = 0
+    """Of the input: put into the provider's cache."""
+    reasoning_tokens: int = 0
+    """Of the output: thought, and not said."""
+    estimated: bool = False
+    """Whether the tokens were guessed from lengths, because nobody counted them."""
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """One call to a model. What is None was not asked for, and is not sent."""
 
     messages: tuple[Message, ...]
     model: str | None = None
+    """None is the client's own `BaseLM.model_name`."""
     timeout: float | None = None
+    """Seconds for the whole attempt. The LMHandler ends it too, should the client not."""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    stop: tuple[str, ...] | None = None
+    seed: int | None = None
+    schema: dict[str, Any] | None = None
+    """A JSON schema that the reply is to follow."""
+    session: str | None = None
+    """The same for calls that share a beginning: where a provider's cache is to look first."""
+    extra: dict[str, Any] | None = None
+    """Further fields of the provider's own, sent as they are."""
 
 
-class Reply(msgspec.Struct, frozen=True):
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a model answered. ``finish="length"`` says that the text was cut off."""
 
     text: str
     finish: Finish = "stop"
     usage: Usage = Usage()
     model: str | None = None
+    """The model that answered, by the provider's own name."""
+    id: str | None = None
+    """The provider's name for the call."""
+    raw: Any = None
+    """The provider's own reply, as data, where there is more in it."""
+
+
+class Price(msgspec.Struct, frozen=True):
+    """US dollars for a million tokens."""
+
+    input: float
+    output: float
+    cached: float | None = None
+    """For input from the provider's cache; None costs as much as any input."""
+    cache_write: float | None = None
+    """For input put into the cache; None costs as much as any input."""
+
+    def cost(self, usage: Usage) -> float:
+        """Dollars for what a call used."""
+        cached = self.input if self.cached is None else self.cached
+        written = self.input if self.cache_write is None else self.cache_write
+        fresh = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
+        return (
+            fresh * self.input
+            + usage.cached_tokens * cached
+            + usage.cache_write_tokens * written
+            + usage.output_tokens * self.output
+        ) / 1e6
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What is known of a model. None is unknown."""
+
+    context_window: int | None = None
+    """Tokens it can read."""
+    max_output: int | None = None
+    """Tokens it can write in one reply."""
+    price: Price | None = None
+    supports: frozenset[Feature] | None = None
+    """What may be asked of it."""
 
 
 class BaseLM(ABC):
-    """A model client. Belongs to one event loop; every method runs there."""
+    """A model client. Belongs to one event loop, the core's; every method runs there."""
 
     model_name: str = "unknown"
     """The model that answers when a request names none."""
@@ -59,10 +125,50 @@ class BaseLM(ABC):
 
     @abstractmethod
     async def complete(self, request: Request) -> Reply:
-        """Make one attempt. Cancellable; raises ModelError when there is no reply."""
+        """Make one attempt. Cancellable; raises ModelError when there is no reply.
+
+        The kind of ModelError decides what happens next (see `rlm.errors`): a
+        `RetryableError` is tried again by the LMHandler. A library's own retries are to be off.
+        """
+
+    async def prepare(self) -> str | None:
+        """Find out what has to be known before the first call, such as which server answers.
+
+        Called before each run, so what was found is to be kept. Returns a sentence for the
+        user when there is something to say, else None. Raises ModelError or ConfigError.
+        """
+        return None
+
+    def info(self, model: str) -> ModelInfo:
+        """What is known of one of this client's models. Asks nobody."""
+        return ModelInfo()
 
     async def aclose(self) -> None:  # noqa: B027 - a client without connections has nothing to close
         """Release connections. Safe to call twice."""
+
+
+@runtime_checkable
+class SupportsStream(Protocol):
+    """A client that can hand a reply over while it is written."""
+
+    def stream(self, request: Request) -> AsyncIterator[str | Reply]:
+        """Pieces of the text in order, and at the end the whole Reply. Errors as `BaseLM.complete`."""
+
+
+@runtime_checkable
+class SupportsCount(Protocol):
+    """A client that can count tokens."""
+
+    async def count(self, request: Request) -> tuple[int, bool]:
+        """Tokens of a request, and whether that is exact."""
+
+
+@runtime_checkable
+class SupportsPoolKey(Protocol):
+    """A client that knows which of its models share a provider's limits."""
+
+    def pool_key(self, model: str) -> str:
+        """Models of one key are slowed down, and given up on, together."""
 
 
 class ModelUsageSummary(msgspec.Struct):
@@ -73,6 +179,10 @@ class ModelUsageSummary(msgspec.Struct):
     total_output_tokens: int = 0
     total_cached_tokens: int = 0
     total_cost: float | None = None
+    total_retries: int = 0
+    """Attempts that failed and were made again; some may have been billed."""
+    unpriced_calls: int = 0
+    """Calls whose cost nobody knows: ``total_cost`` is without them."""
 
     def add(self, usage: Usage) -> None:
         """Count one call."""
@@ -82,6 +192,8 @@ class ModelUsageSummary(msgspec.Struct):
         self.total_cached_tokens += usage.cached_tokens
         if usage.cost is not None:
             self.total_cost = (self.total_cost or 0.0) + usage.cost
+        else:
+            self.unpriced_calls += 1
 
 
 class UsageSummary(msgspec.Struct):
@@ -103,6 +215,11 @@ class UsageSummary(msgspec.Struct):
     def total_output_tokens(self) -> int:
         """Output tokens over all models."""
         return sum(usage.total_output_tokens for usage in self.model_usage_summaries.values())
+
+    @property
+    def total_cached_tokens(self) -> int:
+        """Of the input, tokens that providers had in their caches."""
+        return sum(usage.total_cached_tokens for usage in self.model_usage_summaries.values())
 
     @property
     def total_cost(self) -> float | None:

@@ -7,6 +7,19 @@ RLMError
  |   |- PluginConflict        two packages claim it
  |   `- BrokenPlugin          it is installed and does not import
  |- ModelError              a model call failed
+ |   |- AuthError             the key is missing, wrong, or may not use the model
+ |   |- NotFound              there is no such model or address
+ |   |- BadRequest            the provider does not accept the request
+ |   |   |- ContextOverflow     it is longer than the model reads
+ |   |   `- ContentFiltered     its content, or the reply's, is refused
+ |   |- QuotaExceeded         the account has nothing left: waiting does not help
+ |   |- RetryableError        the same call may succeed later
+ |   |   |- RateLimited         too many requests or tokens in a time
+ |   |   |- Unavailable         the provider is down or overloaded
+ |   |   |- Timeout             no reply within the time of one attempt
+ |   |   |- ConnectFailed       no connection: nothing was sent
+ |   |   `- ProtocolError       what came back is not a reply
+ |   |- ReplayMiss            the recording has no reply for this request
  |   `- ScriptExhausted       the scripted client has no reply left
  |- SandboxError            the sandbox, not the code in it, failed
  |   |- SandboxUnavailable    it cannot be started here
@@ -23,7 +36,7 @@ Code that a model wrote and that fails is none of these: it is a result.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from .client import UsageSummary
@@ -64,7 +77,94 @@ class BrokenPlugin(PluginError):
 
 
 class ModelError(RLMError):
-    """A model call failed."""
+    """A model call failed. What a client does not know stays None."""
+
+    retryable: ClassVar[bool] = False
+    """Whether making the same call again can help. Only `RetryableError` and what is below it is."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+        sent: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        """The HTTP status."""
+        self.code = code
+        """The provider's own word for what happened."""
+        self.request_id = request_id
+        """The provider's name for the call, for its support."""
+        self.sent = sent
+        """Whether the request may have reached the model, and have been billed."""
+
+
+class AuthError(ModelError):
+    """The key is missing or wrong, or may not use this model."""
+
+
+class NotFound(ModelError):
+    """The provider knows no such model, or there is nothing at this address."""
+
+
+class BadRequest(ModelError):
+    """The provider does not accept the request as it is."""
+
+
+class ContextOverflow(BadRequest):
+    """The request is longer than the model can read. ``window`` is how many tokens that is, if told."""
+
+    def __init__(self, message: str, *, window: int | None = None, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.window = window
+
+
+class ContentFiltered(BadRequest):
+    """The provider refuses the content of the request or of its own reply."""
+
+
+class QuotaExceeded(ModelError):
+    """The account's money or quota is used up. Waiting does not help."""
+
+
+class RetryableError(ModelError):
+    """A failure that may pass. ``retry_after`` is the provider's word on when to try again, in seconds."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after: float | None = None, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.retry_after = retry_after
+
+
+class RateLimited(RetryableError):
+    """More requests or tokens in a time than the provider allows."""
+
+
+class Unavailable(RetryableError):
+    """The provider is down, overloaded, or failed on its side."""
+
+
+class Timeout(RetryableError):
+    """One attempt took longer than it may."""
+
+
+class ConnectFailed(RetryableError):
+    """No connection could be made. Nothing was sent."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **{"sent": False, **details})
+
+
+class ProtocolError(RetryableError):
+    """What came back is no reply: cut short, not JSON, or not in the protocol's shape."""
+
+
+class ReplayMiss(ModelError):
+    """The recording holds no reply for this request."""
 
 
 class ScriptExhausted(ModelError):
