@@ -7,7 +7,7 @@ Retries, limits, accounting and events are the LMHandler's, once for all clients
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -17,13 +17,15 @@ Finish = Literal["stop", "length", "filter", "other"]
 Feature = Literal["temperature", "stop", "seed", "schema", "stream"]
 
 
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+class Message(msgspec.Struct, frozen=True):
     """One message of a conversation."""
 
     role: Role
     content: str
-    cache: bool = False
-    """Everything up to here will be sent again: worth a provider's while to keep."""
+
+
+CHARACTERS_PER_TOKEN = 4
+"""What an estimate takes a token to be."""
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -44,6 +46,16 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     estimated: bool = False
     """Whether the tokens were guessed from lengths, because nobody counted them."""
 
+    @classmethod
+    def estimate(cls, messages: Sequence[Message], text: str) -> Usage:
+        """Guess tokens from lengths, for a reply that comes without a count."""
+        read = sum(len(message.content) for message in messages)
+        return cls(_tokens(read), _tokens(len(text)), estimated=True)
+
+
+def _tokens(characters: int) -> int:
+    return -(-characters // CHARACTERS_PER_TOKEN)
+
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """One call to a model. What is None was not asked for, and is not sent."""
@@ -61,6 +73,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """A JSON schema that the reply is to follow."""
     session: str | None = None
     """The same for calls that share a beginning: where a provider's cache is to look first."""
+    cache: bool = False
+    """A later request will begin with these messages: worth a provider's while to keep them."""
     extra: dict[str, Any] | None = None
     """Further fields of the provider's own, sent as they are."""
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from . import jsontext
 from .client import Finish, Message, Usage, UsageSummary
 
 log = logging.getLogger("rlm")
@@ -158,7 +159,6 @@ AnyEvent = (
 )
 
 Subscriber = Callable[[Any], None]
-_encoder = msgspec.json.Encoder()
 
 
 class Trace:
@@ -230,7 +230,7 @@ class JSONLWriter:
         if self._file is None:
             return
         try:
-            self._file.write(_encode(event) + b"\n")
+            self._file.write(jsontext.encode(event) + b"\n")
         except OSError as error:
             log.warning("the trace %s ends here: %s", self.path, error)
             self.close()
@@ -253,24 +253,6 @@ class JSONLWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _encode(event: AnyEvent) -> bytes:
-    """One event as JSON; text that UTF-8 has no form for is written with replacement characters."""
-    try:
-        return _encoder.encode(event)
-    except UnicodeEncodeError:
-        return _encoder.encode(_replace_surrogates(msgspec.to_builtins(event)))
-
-
-def _replace_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_replace_surrogates(key): _replace_surrogates(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replace_surrogates(item) for item in value]
-    return value
 
 
 def _private(path: str, flags: int) -> int:

@@ -301,7 +301,7 @@ def test_events_cannot_be_changed() -> None:
 def test_a_request_is_recorded_as_messages_and_nothing_a_client_adds() -> None:
     fields = {field.name for field in msgspec.structs.fields(ModelRequested)}
     assert fields == {"at", "run", "parent", "depth", "call", "kind", "model", "prefix", "messages"}
-    assert {field.name for field in msgspec.structs.fields(Message)} == {"role", "content", "cache"}
+    assert {field.name for field in msgspec.structs.fields(Message)} == {"role", "content"}
 
 
 def test_dev_full_is_full_here() -> None:

@@ -18,8 +18,6 @@ from rlm.errors import ConfigError, ModelError, ScriptExhausted
 Step = str | Reply | Exception | Callable[[Sequence[Message]], Any]
 """A reply, an error to raise, or a function of the messages that returns (or awaits) one."""
 
-CHARACTERS_PER_TOKEN = 4
-
 
 class ScriptedLM(BaseLM):
     """Answers calls from rules first, then from a script, one step a call.
@@ -100,14 +98,8 @@ class ScriptedLM(BaseLM):
             return step
         if not isinstance(step, str):
             raise ConfigError(f"a scripted reply is a str or a Reply, not {type(step).__name__}")
-        read = sum(len(message.content) for message in messages)
-        usage = Usage(_tokens(read), _tokens(len(step)))
-        return Reply(text=step, usage=usage, model=self.model_name)
+        return Reply(text=step, usage=Usage.estimate(messages, step), model=self.model_name)
 
 
 async def _awaited(value: Awaitable[Any]) -> Any:
     return await value
-
-
-def _tokens(characters: int) -> int:
-    return -(-characters // CHARACTERS_PER_TOKEN)
