@@ -93,7 +93,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """The provider's own reply, as data, where there is more in it."""
 
 
-class Price(msgspec.Struct, frozen=True):
+class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """US dollars for a million tokens."""
 
     input: float
@@ -102,12 +102,17 @@ class Price(msgspec.Struct, frozen=True):
     """For input from the provider's cache; None costs as much as any input."""
     cache_write: float | None = None
     """For input put into the cache; None costs as much as any input."""
+    above: int | None = None
+    """Input tokens above which the whole call is priced as ``long``."""
+    long: Price | None = None
 
     def cost(self, usage: Usage) -> float:
         """Dollars for what a call used."""
+        if self.long is not None and self.above is not None and usage.input_tokens > self.above:
+            return self.long.cost(usage)
         cached = self.input if self.cached is None else self.cached
         written = self.input if self.cache_write is None else self.cache_write
-        fresh = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
+        fresh = max(usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens, 0)
         return (
             fresh * self.input
             + usage.cached_tokens * cached

@@ -210,8 +210,8 @@ async def test_the_calls_that_are_to_fail_fail() -> None:
 
 async def test_tokens_are_four_characters_rounded_up() -> None:
     made = await reply(ScriptedLM(["12345"], model_name="m"), "1234", "5678")
-    assert (made.usage, made.model, made.finish) == (Usage(2, 2), "m", "stop")
-    assert (await reply(ScriptedLM([""]), "")).usage == Usage(0, 0)
+    assert (made.usage, made.model, made.finish) == (Usage(2, 2, estimated=True), "m", "stop")
+    assert (await reply(ScriptedLM([""]), "")).usage == Usage(0, 0, estimated=True)
 
 
 def test_it_never_passes_for_a_model() -> None:

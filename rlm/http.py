@@ -1,0 +1,466 @@
+"""What clients that speak HTTP share: one attempt, a pooled connection, and failures by name.
+
+`HTTPLM` is a whole client but for its `Dialect`, which says how a provider wants to be asked
+and what its replies look like. aiohttp is imported when the first call is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import re
+import time
+import urllib.parse
+import urllib.request
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+from pydantic import SecretStr
+
+from . import jsontext, secrets
+from .client import BaseLM, Reply, Request
+from .errors import (
+    AuthError,
+    BadRequest,
+    ConfigError,
+    ConnectFailed,
+    ContentFiltered,
+    ContextOverflow,
+    ModelError,
+    NotFound,
+    ProtocolError,
+    QuotaExceeded,
+    RateLimited,
+    Timeout,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse, ClientSession
+
+MAX_REPLY = 64 * 1024 * 1024
+"""Bytes of a reply that are read: what a server says must not fill the host's memory."""
+
+MAX_SHOWN = 500
+"""Characters of a server's own words in an error."""
+
+CONNECT_TIMEOUT = 15.0
+"""Seconds to make a connection, TLS included."""
+
+KEEP_ALIVE = 15.0
+"""Seconds a connection is kept for the next call."""
+
+READ_BUFFER = 256 * 1024
+
+
+class Assembler(Protocol):
+    """Puts a streamed reply together."""
+
+    def feed(self, data: bytes) -> str:
+        """Take one event's data; the piece of text in it, or nothing."""
+
+    def reply(self) -> Reply:
+        """The whole reply. Raises ProtocolError when the stream ended before it did."""
+
+
+class Dialect(Protocol):
+    """How one provider's API words requests and replies. Shape errors may be msgspec's own."""
+
+    path: str
+    """Below the base URL."""
+
+    def body(self, request: Request, model: str, stream: bool) -> dict[str, Any]:
+        """The request as data. What the request does not set is not in it."""
+
+    def reply(self, data: bytes, request: Request) -> Reply:
+        """The reply in a whole response body."""
+
+    def assembler(self, request: Request) -> Assembler:
+        """What puts the reply of this request together from a stream."""
+
+
+class Endpoint:
+    """One provider's address: POSTs and GETs there, one attempt each. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        base_url: str,
+        headers: Mapping[str, str | SecretStr] | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> None:
+        parts = urllib.parse.urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"base_url={base_url!r} is no address: it begins with http:// or https://")
+        self.base_url = base_url.rstrip("/")
+        self._headers = {**(headers or {})}
+        self._query = f"?{urllib.parse.urlencode(query)}" if query else ""
+        self._secrets = secrets.find(self._headers) | ({parts.password} if parts.password else set())
+        self._session: ClientSession | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.hide(self.base_url)!r})"
+
+    def hide(self, text: str) -> str:
+        """A text without this endpoint's keys."""
+        return secrets.hide(text, self._secrets)
+
+    async def post(self, path: str, body: Mapping[str, Any], timeout: float | None) -> bytes:
+        """The body of a successful response. Raises a ModelError for every other outcome."""
+        async with self._exchange("POST", path, jsontext.encode(body), timeout) as response:
+            return await _read(response)
+
+    async def get(self, path: str, timeout: float | None) -> bytes:
+        """As `post`."""
+        async with self._exchange("GET", path, None, timeout) as response:
+            return await _read(response)
+
+    async def events(self, path: str, body: Mapping[str, Any], timeout: float | None) -> AsyncIterator[bytes]:
+        """The data of each server-sent event of a successful response."""
+        parser = EventParser()
+        async with self._exchange("POST", path, jsontext.encode(body), timeout) as response:
+            if response.content_type == "application/json":  # a server that does not stream after all
+                yield await _read(response)
+                return
+            async for chunk in response.content.iter_any():
+                for data in parser.feed(chunk):
+                    yield data
+
+    async def aclose(self) -> None:
+        """Close every connection. Safe to call twice."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    @asynccontextmanager
+    async def _exchange(
+        self, method: str, path: str, data: bytes | None, timeout: float | None
+    ) -> AsyncIterator[ClientResponse]:
+        """A response whose status is a success; whatever goes wrong in the block becomes a ModelError."""
+        import aiohttp
+
+        url = f"{self.base_url}{path}{self._query}"
+        limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
+        try:
+            async with self._opened().request(
+                method, url, data=data, allow_redirects=False, timeout=limit
+            ) as response:
+                if not 200 <= response.status < 300:
+                    raise failure(response.status, response.headers, await _read(response), self.hide)
+                yield response
+        except TimeoutError as error:
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                raise ConnectFailed(
+                    self.hide(f"no connection to {url} within {CONNECT_TIMEOUT:g} s")
+                ) from None
+            raise Timeout(self.hide(f"no reply from {url} within {timeout:g} s")) from None
+        except aiohttp.ClientConnectorError as error:
+            raise ConnectFailed(self.hide(f"no connection to {url}: {error.os_error or error}")) from None
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            raise Unavailable(self.hide(f"the connection to {url} broke: {error}")) from None
+        except (aiohttp.ClientError, ValueError) as error:
+            raise ProtocolError(self.hide(f"no HTTP response from {url}: {_words(error)}")) from None
+
+    def _opened(self) -> ClientSession:
+        loop = asyncio.get_running_loop()
+        if self._session is None:
+            import aiohttp
+
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
+                headers={
+                    "Content-Type": "application/json",
+                    "User-Agent": "rlm",
+                    **{name: secrets.reveal(value) for name, value in self._headers.items()},
+                },
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=READ_BUFFER,
+                proxy=_proxy_for(self.base_url),
+            )
+            self._loop = loop
+        elif self._loop is not loop:
+            raise RuntimeError("a client belongs to the event loop of its first call; make another one")
+        return self._session
+
+
+class HTTPLM(BaseLM):
+    """A client of an HTTP API: subclasses give an `Endpoint` and a `Dialect`."""
+
+    endpoint: Endpoint
+
+    @property
+    @abstractmethod
+    def dialect(self) -> Dialect:
+        """How the provider is asked."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model_name!r}, {self.endpoint!r})"
+
+    def pool_key(self, model: str) -> str:
+        """The provider's address: all its models share its limits."""
+        return self.endpoint.base_url
+
+    async def complete(self, request: Request) -> Reply:
+        body = self.dialect.body(request, request.model or self.model_name, False)
+        data = await self.endpoint.post(self.dialect.path, body, request.timeout)
+        with self._shapes(data):
+            return self.dialect.reply(data, request)
+
+    async def stream(self, request: Request) -> AsyncIterator[str | Reply]:
+        """Pieces of the text as they arrive, then the Reply."""
+        body = self.dialect.body(request, request.model or self.model_name, True)
+        assembler = self.dialect.assembler(request)
+        data = b""
+        async for data in self.endpoint.events(self.dialect.path, body, request.timeout):
+            with self._shapes(data):
+                piece = assembler.feed(data)
+            if piece:
+                yield piece
+        with self._shapes(data):
+            yield assembler.reply()
+
+    def _shapes(self, data: bytes) -> Shapes:
+        return Shapes(data, self.endpoint.hide)
+
+    async def aclose(self) -> None:
+        await self.endpoint.aclose()
+
+
+class Shapes:
+    """Turns what msgspec finds wrong with a reply into a ProtocolError that shows its beginning."""
+
+    def __init__(self, data: bytes, hide: Callable[[str], str]) -> None:
+        self._data = data
+        self._hide = hide
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
+            shown = self._hide(_clip(self._data.decode("utf-8", "replace")))
+            raise ProtocolError(
+                f"the reply is not in the provider's protocol: {error}; it begins {shown!r}"
+            ) from None
+        if isinstance(error, ModelError) and error.args:
+            error.args = (self._hide(str(error)),)
+
+
+class EventParser:
+    """Server-sent events out of bytes, however they are cut (WHATWG HTML, section 9.2)."""
+
+    def __init__(self) -> None:
+        self._line: list[bytes] = []
+        self._data: list[bytes] = []
+        self._held = 0
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The data of every event that these bytes complete. Raises ProtocolError for an endless one."""
+        *complete, rest = chunk.split(b"\n")
+        if complete:
+            complete[0] = b"".join([*self._line, complete[0]])
+            self._line = []
+        self._line.append(rest)
+        self._held += len(chunk)
+        if self._held > MAX_REPLY:
+            raise ProtocolError(f"an event of the stream is longer than {MAX_REPLY:,} bytes")
+        return [event for line in complete if (event := self._take(line.removesuffix(b"\r"))) is not None]
+
+    def _take(self, line: bytes) -> bytes | None:
+        """One line; the data of an event when it ends one."""
+        if line.startswith(b"data:"):
+            self._data.append(line[5:].removeprefix(b" "))
+        if line or not self._data:
+            return None
+        data, self._data, self._held = b"\n".join(self._data), [], 0
+        return data
+
+
+# -- what a response says when it is no success
+
+
+class _Told(msgspec.Struct):
+    """The parts of an error body that decide what it means."""
+
+    message: str
+    code: str
+
+
+_QUOTA = re.compile(
+    r"insufficient_(quota|funds|credits?)|billing_(hard_limit|not_active)|credit balance is too low",
+    re.IGNORECASE,
+)
+_OVERFLOW = re.compile(
+    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size)"
+    r"|prompt is too long|input is too long|input token count .* exceeds|too many (input )?tokens"
+    r"|reduce the length",
+    re.IGNORECASE,
+)
+_FILTERED = re.compile(r"content[_ ](filter|policy)|ResponsibleAIPolicy|safety system", re.IGNORECASE)
+_NO_MODEL = re.compile(r"model_not_found|model .*(not found|does not exist)", re.IGNORECASE)
+_BAD_KEY = re.compile(
+    r"invalid_api_key|authentication_error|api key not valid|permission_error", re.IGNORECASE
+)
+_WINDOW = re.compile(
+    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|n_ctx\D{1,4}(\d+)|context size \((\d+)",
+    re.IGNORECASE,
+)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def failure(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    hide: Callable[[str], str] = lambda text: text,
+) -> ModelError:
+    """The ModelError that an unsuccessful response stands for. ``hide`` takes keys out of its text."""
+    told = _told(body)
+    text = hide(_clip(told.message)) or "no reason given"
+    if 300 <= status < 400:
+        text = f"the address answers with a redirect to {headers.get('location')!r}: use that as base_url"
+    details: dict[str, Any] = {
+        "status": status,
+        "code": told.code or None,
+        "request_id": headers.get("x-request-id") or headers.get("request-id"),
+    }
+    kind = _kind(status, f"{told.code} {told.message}")
+    if issubclass(kind, RateLimited | Unavailable | Timeout):
+        details["retry_after"] = _retry_after(headers, body)
+    if kind is ContextOverflow:
+        details["window"] = _window(body)
+    return kind(f"HTTP {status}: {text}", **details)
+
+
+def _kind(status: int, words: str) -> type[ModelError]:
+    """What a status means, and where one status means several things, what the words say."""
+    if status == 402 or (status in (400, 403, 429) and _QUOTA.search(words)):
+        return QuotaExceeded
+    if status == 429:
+        return RateLimited
+    if status == 408:
+        return Timeout
+    if status in (409, 425) or status >= 500:
+        return Unavailable
+    if status in (400, 413, 422) and _OVERFLOW.search(words):
+        return ContextOverflow
+    if status in (401, 403, 407) or _BAD_KEY.search(words):
+        return AuthError
+    if status == 404 or status < 400 or _NO_MODEL.search(words):
+        return NotFound
+    return ContentFiltered if _FILTERED.search(words) else BadRequest
+
+
+def in_band(error: Any, hide: Callable[[str], str] = lambda text: text) -> ModelError:
+    """The ModelError for an error object inside a successful response, or in the middle of a stream."""
+    code = error.get("code") if isinstance(error, dict) else None
+    kind = error.get("type") if isinstance(error, dict) else None
+    status = code if isinstance(code, int) and 400 <= code < 600 else _STATUS_OF_TYPE.get(str(kind), 500)
+    return failure(status, {}, jsontext.encode({"error": error}), hide)
+
+
+_STATUS_OF_TYPE = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "overloaded_error": 529,
+}
+
+
+def _told(body: bytes) -> _Told:
+    """What an error body says, in any of the shapes that servers have for it."""
+    try:
+        data = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        text = re.sub(r"<[^>]*>|\s+", " ", body[: 20 * MAX_SHOWN].decode("utf-8", "replace"))
+        return _Told(" ".join(text.split()), "")
+    if isinstance(data, list) and data:
+        data = data[0]
+    error = data.get("error", data) if isinstance(data, dict) else data
+    if not isinstance(error, dict):
+        return _Told(str(error), "")
+    message = (
+        error.get("message") or error.get("detail") or error.get("error") or jsontext.encode(error).decode()
+    )
+    code = next((str(error[key]) for key in ("code", "type", "status") if _is_word(error.get(key))), "")
+    return _Told(str(message), code)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _window(body: bytes) -> int | None:
+    """How many tokens the model reads, if an overflow says so."""
+    found = _WINDOW.search(body.decode("utf-8", "replace"))
+    return int(next(group for group in found.groups() if group)) if found else None
+
+
+def _retry_after(headers: Mapping[str, str], body: bytes) -> float | None:
+    """Seconds until another attempt is welcome (RFC 9110, section 10.2.3, and what providers add)."""
+    try:
+        if "retry-after-ms" in headers:
+            return max(float(headers["retry-after-ms"]) / 1000, 0.0)
+        if "retry-after" in headers:
+            return _seconds(headers["retry-after"])
+    except ValueError:
+        return None
+    delay = re.search(rb'"retryDelay"\s*:\s*"([^"]+)"', body)
+    durations = [delay[1].decode("ascii", "replace")] if delay else []
+    durations += [headers[name] for name in _RESETS if name in headers and _is_used_up(headers, name)]
+    spans = [sum(float(n) * _SECONDS[unit] for n, unit in _DURATION.findall(text)) for text in durations]
+    return max(spans, default=None)
+
+
+_RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
+
+
+def _is_used_up(headers: Mapping[str, str], reset: str) -> bool:
+    return headers.get(reset.replace("reset", "remaining")) == "0"
+
+
+def _seconds(retry_after: str) -> float:
+    if re.fullmatch(r"\d+(\.\d+)?", retry_after.strip()):
+        return float(retry_after)
+    moment = email.utils.parsedate_to_datetime(retry_after)
+    return max(moment.timestamp() - time.time(), 0.0)
+
+
+# -- small things
+
+
+async def _read(response: ClientResponse) -> bytes:
+    """The whole body, if it is of a sane size."""
+    if (response.content_length or 0) <= MAX_REPLY and response.content_length is not None:
+        return await response.read()
+    pieces, size = [], 0
+    async for piece in response.content.iter_any():
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_REPLY:
+            raise ProtocolError(f"the reply is longer than {MAX_REPLY:,} bytes")
+    return b"".join(pieces)
+
+
+def _proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for an address; looked up once, not at each call."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if host in ("localhost", "::1") or host.startswith("127.") or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _words(error: BaseException) -> str:
+    return _clip(f"{type(error).__name__}: {error}")
