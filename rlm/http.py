@@ -7,18 +7,15 @@ and what its replies look like. aiohttp is imported when the first call is made.
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import re
 import time
 import urllib.parse
-import urllib.request
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-from pydantic import SecretStr
 
 from . import jsontext, secrets
 from .client import BaseLM, Reply, Request
@@ -88,7 +85,7 @@ class Endpoint:
     def __init__(
         self,
         base_url: str,
-        headers: Mapping[str, str | SecretStr] | None = None,
+        headers: Mapping[str, str | secrets.SecretText] | None = None,
         query: Mapping[str, str] | None = None,
     ) -> None:
         parts = urllib.parse.urlsplit(base_url)
@@ -429,6 +426,8 @@ def _is_used_up(headers: Mapping[str, str], reset: str) -> bool:
 def _seconds(retry_after: str) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", retry_after.strip()):
         return float(retry_after)
+    import email.utils
+
     moment = email.utils.parsedate_to_datetime(retry_after)
     return max(moment.timestamp() - time.time(), 0.0)
 
@@ -451,6 +450,8 @@ async def _read(response: ClientResponse) -> bytes:
 
 def _proxy_for(url: str) -> str | None:
     """The proxy that the environment names for an address; looked up once, not at each call."""
+    import urllib.request
+
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     if host in ("localhost", "::1") or host.startswith("127.") or urllib.request.proxy_bypass(host):

@@ -6,10 +6,8 @@ cost an unknown amount, never nothing.
 
 from __future__ import annotations
 
-import csv
 import functools
 import re
-from importlib import resources
 
 import msgspec
 
@@ -61,6 +59,9 @@ def _price(input: str, output: str, cached: str, cache_write: str) -> Price:
 
 @functools.cache
 def _table() -> dict[tuple[str, str], ModelInfo]:
+    import csv
+    from importlib import resources
+
     text = resources.files(__package__).joinpath("prices.csv").read_text("utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     rows = [_Row(**row) for row in csv.DictReader(lines)]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-from pydantic import SecretStr
+from typing import Any, Protocol, runtime_checkable
 
 HIDDEN = "**********"
 
@@ -17,19 +15,43 @@ SHORTEST = 6
 _NAMES = re.compile(r"(key|token|secret|password|credential|authorization)s?$", re.IGNORECASE)
 
 
+@runtime_checkable
+class SecretText(Protocol):
+    """pydantic's SecretStr, or a `Secret`, which costs no import of pydantic."""
+
+    def get_secret_value(self) -> str:
+        """The text itself."""
+
+
+class Secret:
+    """A text that prints as stars."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def get_secret_value(self) -> str:
+        """The text itself."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return HIDDEN
+
+
 def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a secret: ``api_key``, ``Authorization``, ``HF_TOKEN``."""
     return _NAMES.search(name) is not None
 
 
-def reveal(value: str | SecretStr) -> str:
+def reveal(value: str | SecretText) -> str:
     """The text itself, for the moment of its use."""
-    return value.get_secret_value() if isinstance(value, SecretStr) else value
+    return value.get_secret_value() if isinstance(value, SecretText) else value
 
 
 def find(settings: Any, named: bool = False) -> set[str]:
-    """Every secret among settings, however deep: a SecretStr, or text whose name says so."""
-    if isinstance(settings, SecretStr):
+    """Every secret among settings, however deep: a SecretText, or text whose name says so."""
+    if isinstance(settings, SecretText):
         return {settings.get_secret_value()}
     if isinstance(settings, str):
         return {settings} if named else set()
@@ -42,7 +64,7 @@ def find(settings: Any, named: bool = False) -> set[str]:
 
 def mask(settings: Any, named: bool = False) -> Any:
     """The same settings, fit to be printed."""
-    if isinstance(settings, SecretStr) or (named and isinstance(settings, str)):
+    if isinstance(settings, SecretText) or (named and isinstance(settings, str)):
         return HIDDEN
     if isinstance(settings, Mapping):
         return {key: mask(value, named or is_secret(str(key))) for key, value in settings.items()}

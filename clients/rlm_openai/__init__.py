@@ -1,6 +1,5 @@
 """Clients for OpenAI's API and the many servers that speak it. Imports next to nothing."""
 
-from .auto import AutoLM
 from .client import (
     VLLM,
     AzureOpenAILM,
@@ -13,7 +12,6 @@ from .client import (
 
 __all__ = [
     "VLLM",
-    "AutoLM",
     "AzureOpenAILM",
     "GeminiLM",
     "OpenAILM",

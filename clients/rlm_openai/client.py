@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
-from pydantic import SecretStr
 
-from rlm import prices, secrets
+from rlm import prices
 from rlm.client import ModelInfo, Price
 from rlm.errors import AuthError, ConfigError, ProtocolError
 from rlm.http import HTTPLM, Dialect, Endpoint
+from rlm.secrets import Secret, SecretText, reveal
 
 from .chat import Chat
 from .responses import Responses
@@ -73,8 +73,8 @@ class OpenAILM(HTTPLM):
         model_name: str | None = None,
         *,
         base_url: str | None = None,
-        api_key: str | SecretStr | None = None,
-        headers: Mapping[str, str | SecretStr] | None = None,
+        api_key: str | SecretText | None = None,
+        headers: Mapping[str, str | SecretText] | None = None,
         query: Mapping[str, str] | None = None,
         api: Literal["chat", "responses"] = "chat",
         context_window: int | None = None,
@@ -137,10 +137,10 @@ class OpenAILM(HTTPLM):
             context_window=self._window or listed.context_window,
         )
 
-    def _key_header(self, given: str | SecretStr | None, url: str, chosen: bool) -> dict[str, SecretStr]:
+    def _key_header(self, given: str | SecretText | None, url: str, chosen: bool) -> dict[str, Secret]:
         """The header with the key, wherever it comes from. A provider that needs one must get one."""
         preset = self.preset
-        key = secrets.reveal(given) if given is not None else None
+        key = reveal(given) if given is not None else None
         # A key of the environment was meant for the address of the environment, or for the provider's
         # own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
         if key is None and not (chosen and url.startswith("http://")):
@@ -149,9 +149,7 @@ class OpenAILM(HTTPLM):
             if preset.needs_key and self._is_home:
                 raise missing_key(preset.title, preset.key_variables)
             return {}
-        return {
-            preset.key_header: SecretStr(f"Bearer {key}" if preset.key_header == "Authorization" else key)
-        }
+        return {preset.key_header: Secret(f"Bearer {key}" if preset.key_header == "Authorization" else key)}
 
 
 class VLLM(OpenAILM):
