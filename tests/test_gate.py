@@ -124,8 +124,13 @@ PASSING = [
     ProtocolError("p"),
 ]
 LASTING = [
-    AuthError("a"), BadRequest("b"), ContextOverflow("o", window=5), QuotaExceeded("q"), ModelError("m"), ValueError("v"),
-]  # fmt: skip
+    AuthError("a"),
+    BadRequest("b"),
+    ContextOverflow("o", window=5),
+    QuotaExceeded("q"),
+    ModelError("m"),
+    ValueError("v"),
+]
 
 
 @pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
