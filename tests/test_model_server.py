@@ -130,7 +130,7 @@ def test_the_models_are_listed_and_what_is_unknown_is_not_found(
     assert [model["id"] for model in json.load(connection.getresponse())["data"]] == ["a", "b"]
     connection.request("GET", "/props")
     assert connection.getresponse().status == 404
-    assert server.requests == 0
+    assert (server.requests, server.asides) == (0, 2)
 
 
 def test_messages_are_read_from_every_dialect() -> None:

@@ -72,7 +72,9 @@ class ModelServer:
         """Whether requests are kept in ``seen``; a load test does without."""
         self.seen: list[Seen] = []
         self.requests = 0
-        """How many there were, whether kept or not. Requests for anything but a reply are not counted."""
+        """How many there were for a reply, whether kept or not."""
+        self.asides = 0
+        """How many there were for anything else, such as which models there are."""
         self.connections = 0
         """How many are open."""
         self.total_connections = 0
@@ -170,6 +172,7 @@ class ModelServer:
 
     def _told(self, method: str, path: str) -> tuple[int, Any]:
         """Status and body for what asks for no reply."""
+        self.asides += 1
         if method == "GET" and path.endswith("/models"):
             return 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
         if method == "POST" and path.endswith(("/messages/count_tokens", "/responses/input_tokens")):
