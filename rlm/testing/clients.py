@@ -50,10 +50,8 @@ from ..errors import (
 from .base import PluginSuite
 from .dialects import Behaviour, Dialect, Seen, conversation, reply_id, write_error, write_reply, write_stream
 
-if (
-    TYPE_CHECKING
-):  # at run time only where one is started: it is a program too, which must not be loaded twice
-    from .model_server import ModelServer
+if TYPE_CHECKING:
+    from .model_server import ModelServer  # it is a program too, which Python wants to load by itself
 
 Connect = Callable[[str, str], BaseLM]
 
@@ -66,7 +64,10 @@ PATIENCE = 30.0
 SHORT = 0.5
 """Seconds after which calls are given up on that wait in vain."""
 
-UNICODE = "\u00e9 \u4e2d\u6587 \u05e2\u05d1 \U0001f469\u200d\U0001f680 \u2028\u2029\x85 \\ \" ' \x00\x7f\ufeff \r\n\t</s>"
+UNICODE = (
+    "\u00e9 \u4e2d\u6587 \u05e2\u05d1 \U0001f469\u200d\U0001f680 "
+    "\u2028\u2029\x85 \\ \" ' \x00\x7f\ufeff \r\n\t</s>"
+)
 """What gets lost where text is not taken as it is: line ends by Unicode's lights, pairs, joiners, a NUL."""
 
 LONG = "one two three four five six seven eight"
@@ -146,7 +147,8 @@ OVERFLOWS: Mapping[str, Overflow] = {
         {"openai", "responses"},
         {
             "code": 400,
-            "message": "request (9001 tokens) exceeds the available context size (4096 tokens), try increasing it",
+            "message": "request (9001 tokens) exceeds the available context size (4096 tokens), "
+            "try increasing it",
             "type": "exceed_context_size_error",
             "n_prompt_tokens": 9001,
             "n_ctx": 4096,
@@ -181,19 +183,33 @@ NO_REPLIES: Mapping[str, Behaviour] = {
 
 SHAPES: Mapping[str, list[Any]] = {
     "openai": [
-        {"choices": None}, {"choices": []}, {"choices": {}}, {"choices": "x"}, {"choices": [None]}, {"choices": [{}]},
-        {"choices": [{"message": None}]}, {"choices": [{"message": "x"}]}, {"choices": [{"message": {"content": 5}}]},
+        {"choices": None},
+        {"choices": []},
+        {"choices": {}},
+        {"choices": "x"},
+        {"choices": [None]},
+        {"choices": [{}]},
+        {"choices": [{"message": None}]},
+        {"choices": [{"message": "x"}]},
+        {"choices": [{"message": {"content": 5}}]},
     ],
     "responses": [
-        {"output": None}, {"output": {}}, {"output": "x"}, {"output": [None]},
+        {"output": None},
+        {"output": {}},
+        {"output": "x"},
+        {"output": [None]},
         {"output": [{"type": "message", "content": 5}]},
         {"output": [{"type": "message", "content": [{"type": "output_text", "text": 5}]}]},
     ],
     "anthropic": [
-        {"content": None}, {"content": {}}, {"content": "x"}, {"content": [None]},
-        {"content": [{"type": "text", "text": 5}]}, {"content": [{"type": "text"}]},
+        {"content": None},
+        {"content": {}},
+        {"content": "x"},
+        {"content": [None]},
+        {"content": [{"type": "text", "text": 5}]},
+        {"content": [{"type": "text"}]},
     ],
-}  # fmt: skip
+}
 """JSON that resembles a reply, and is none."""
 
 FAULTS: Mapping[str, Behaviour] = {
@@ -307,9 +323,9 @@ class ClientTests(PluginSuite):
 
     @pytest.fixture
     def connect(self) -> Connect:
-        """How to make a client: a function of a URL that ends in ``/v1``, and a key. The one fixture to define.
+        """How to make a client, as a function of a URL that ends in ``/v1`` and a key.
 
-        Both are empty for a client that does not speak HTTP.
+        The one fixture to define. Both are empty for a client that does not speak HTTP.
         """
         raise NotImplementedError("define a fixture `connect` that returns a function of a URL and a key")
 
@@ -534,9 +550,8 @@ class Saying(ClientTests):
 
     async def test_a_limit_of_tokens_arrives(self, client: BaseLM, server: ModelServer) -> None:
         await reply_to(client, ask(max_tokens=77))
-        assert [
-            server.seen[0].body[name] for name in self.names.max_tokens if name in server.seen[0].body
-        ] == [77]
+        body = server.seen[0].body
+        assert [body[name] for name in self.names.max_tokens if name in body] == [77]
 
     @pytest.mark.parametrize("value", [0.0, 0.25])
     async def test_a_temperature_arrives(self, client: BaseLM, server: ModelServer, value: float) -> None:
@@ -770,10 +785,8 @@ class Breakdowns(ClientTests):
         }
         assert self.speaks is not None
         server.reply = Behaviour(body=json.dumps(bodies[self.speaks]).encode())
-        try:
+        with contextlib.suppress(ProtocolError):
             assert await text_of(client) == ""
-        except ProtocolError:
-            pass
 
     @pytest.mark.parametrize("fault", FAULTS)
     async def test_a_breakdown_is_one_attempt(self, client: BaseLM, server: ModelServer, fault: str) -> None:
