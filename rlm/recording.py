@@ -103,7 +103,11 @@ class Recorder(jsonl.Appender):
     def __init__(self, path: str | Path) -> None:
         super().__init__(path, "recording")
 
-    def record(self, client: str, model: str, request: Request, reply: Reply, seconds: float) -> None:
+    def record(self, client: BaseLM) -> RecordingLM:
+        """The same client, with its calls written here. Closing it leaves this file open for others."""
+        return RecordingLM(client, self)
+
+    def write(self, client: str, model: str, request: Request, reply: Reply, seconds: float) -> None:
         """Append a call. Nothing that goes wrong here costs the reply, which may have been paid for."""
         try:
             asked = decisive(request, model)
@@ -166,7 +170,7 @@ class RecordingLM(BaseLM):
         if isinstance(reply, Reply):  # a client that returns something else is told so elsewhere
             model = request.model or self._client.model_name
             seconds = time.perf_counter() - start
-            self._recorder.record(type(self._client).__name__, model, request, reply, seconds)
+            self._recorder.write(type(self._client).__name__, model, request, reply, seconds)
 
 
 class _Streaming(RecordingLM):

@@ -223,7 +223,7 @@ async def test_a_call_that_fails_is_not_recorded(tmp_path: Path) -> None:
 async def test_two_clients_share_one_file_which_neither_closes(tmp_path: Path) -> None:
     with Recorder(tmp_path / "r.jsonl") as recorder:
         one = RecordingLM(ScriptedLM(lambda _: "one", model_name="m1"), recorder)
-        two = RecordingLM(ScriptedLM(lambda _: "two", model_name="m2"), recorder)
+        two = recorder.record(ScriptedLM(lambda _: "two", model_name="m2"))
         await asyncio.gather(*(client.complete(ask(f"{i}")) for i in range(20) for client in (one, two)))
         await one.aclose()
         await two.complete(ask("after"))
@@ -282,7 +282,7 @@ async def test_a_reply_that_cannot_be_written_is_given_all_the_same(
 def test_equal_texts_are_held_once(tmp_path: Path) -> None:
     with Recorder(tmp_path / "r.jsonl") as recorder:
         for turn in range(3):
-            recorder.record("C", "m", ask(*(f"turn {i}" for i in range(turn + 1))), Reply("r"), 0.1)
+            recorder.write("C", "m", ask(*(f"turn {i}" for i in range(turn + 1))), Reply("r"), 0.1)
     firsts = {id(recorded.request.messages[0].content) for recorded in load(tmp_path / "r.jsonl")}
     assert len(firsts) == 1
 
@@ -295,7 +295,7 @@ def test_any_conversation_comes_back_as_it_was_but_for_surrogates(
     path = tmp_path_factory.mktemp("recording") / "r.jsonl"
     with Recorder(path) as recorder:
         for messages, text in calls:
-            recorder.record("C", "m", Request(tuple(messages)), Reply(text), 0.0)
+            recorder.write("C", "m", Request(tuple(messages)), Reply(text), 0.0)
 
     def sent(text: str) -> str:
         return text.encode("utf-8", "replace").decode()
@@ -425,5 +425,5 @@ def test_a_torn_line_on_a_full_disk_stops_the_recording_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(jsonl.Appender, "_ends_in_a_torn_line", lambda self: True)
     caplog.set_level(logging.WARNING)
-    Recorder("/dev/full").record("C", "m", ask(), Reply("r"), 0.1)
+    Recorder("/dev/full").write("C", "m", ask(), Reply("r"), 0.1)
     assert len(log_of(caplog)) == 1

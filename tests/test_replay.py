@@ -36,7 +36,7 @@ def record(tmp_path: Path) -> Record:
         with Recorder(tmp_path / "r.jsonl") as recorder:
             for request, reply in calls:
                 whole = Reply(reply) if isinstance(reply, str) else reply
-                recorder.record("C", request.model or "m", request, whole, 0.1)
+                recorder.write("C", request.model or "m", request, whole, 0.1)
         return tmp_path / "r.jsonl"
 
     return made
@@ -293,7 +293,7 @@ def test_whatever_was_recorded_is_found_and_whatever_was_not_is_a_miss(
         path = Path(folder, "r.jsonl")
         with Recorder(path) as recorder:
             for request in requests:
-                recorder.record("C", "m", request, Reply("found"), 0.0)
+                recorder.write("C", "m", request, Reply("found"), 0.0)
         replay = ReplayLM(path)
         assert {asyncio.run(replay.complete(request)).text for request in requests} == {"found"}
         with pytest.raises(ReplayMiss, match="it differs in"):
