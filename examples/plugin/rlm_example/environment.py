@@ -50,7 +50,7 @@ class ProcessREPL(WorkerEnv):
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    [self._python, *boot.COMMAND], stdin=theirs, stdout=theirs,
+                    [self._python, *boot.COMMAND], stdin=theirs.fileno(), stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL, env=WORKER_ENVIRONMENT, cwd=self._folder,
                     start_new_session=True,  # Ctrl-C is for the host, who then tells the worker
                 )  # fmt: skip
