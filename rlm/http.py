@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import math
 import re
 import time
 import urllib.parse
@@ -97,6 +98,8 @@ class Endpoint:
         self._headers = {**(headers or {})}
         self._query = f"?{urllib.parse.urlencode(query)}" if query else ""
         self._secrets = secrets.find(self._headers) | ({parts.password} if parts.password else set())
+        # servers echo the key without the word that stands before it in a header
+        self._secrets |= {secret.removeprefix("Bearer ") for secret in self._secrets}
         self._session: ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -417,7 +420,8 @@ def _retry_after(headers: Mapping[str, str], body: bytes) -> float | None:
     """Seconds until another attempt is welcome (RFC 9110, section 10.2.3, and what providers add)."""
     try:
         if "retry-after-ms" in headers:
-            return max(float(headers["retry-after-ms"]) / 1000, 0.0)
+            milliseconds = float(headers["retry-after-ms"])
+            return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else None
         if "retry-after" in headers:
             return _seconds(headers["retry-after"])
     except ValueError:

@@ -11,14 +11,24 @@ from typing import Any
 import msgspec
 
 _encoder = msgspec.json.Encoder()
+_canonical = msgspec.json.Encoder(order="sorted")
 
 
 def encode(value: Any) -> bytes:
     """A struct, or plain data, as JSON; lone surrogates become replacement characters."""
+    return _encode(_encoder, value)
+
+
+def canonical(value: Any) -> bytes:
+    """As `encode`, with sorted keys: the same bytes for what is equal, in any process."""
+    return _encode(_canonical, value)
+
+
+def _encode(encoder: msgspec.json.Encoder, value: Any) -> bytes:
     try:
-        return _encoder.encode(value)
+        return encoder.encode(value)
     except UnicodeEncodeError:
-        return _encoder.encode(_replace_surrogates(msgspec.to_builtins(value)))
+        return encoder.encode(_replace_surrogates(msgspec.to_builtins(value)))
 
 
 def _replace_surrogates(value: Any) -> Any:
@@ -26,6 +36,6 @@ def _replace_surrogates(value: Any) -> Any:
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
         return {_replace_surrogates(key): _replace_surrogates(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_replace_surrogates(item) for item in value]
     return value
