@@ -7,11 +7,12 @@ and what its replies look like. aiohttp is imported when the first call is made.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 import urllib.parse
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -276,6 +277,37 @@ class EventParser:
         return data
 
 
+# -- keys
+
+
+def find_key(
+    given: str | secrets.SecretText | None, variables: Sequence[str], url: str, chosen: bool
+) -> str | None:
+    """The key that is given, else that of the first of these environment variables that is set.
+
+    A key of the environment was meant for the address of the environment, or for the provider's
+    own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
+    """
+    if given is not None:
+        return secrets.reveal(given)
+    return None if chosen and url.startswith("http://") else first_set(variables)
+
+
+def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
+    """The error for a key that is nowhere, with the ways to go on, also those without any key."""
+    return AuthError(
+        f"{provider} needs a key: set {' or '.join(variables)}, or give api_key=. Without one: a server "
+        "of your own (base_url='http://...'), a recording (backend='replay'), or a script "
+        "(backend='scripted', no model at all).",
+        sent=False,
+    )
+
+
+def first_set(variables: Sequence[str]) -> str | None:
+    """The first of these environment variables that is set to something."""
+    return next((value for name in variables if (value := os.environ.get(name))), None)
+
+
 # -- what a response says when it is no success
 
 
@@ -291,7 +323,7 @@ _QUOTA = re.compile(
     re.IGNORECASE,
 )
 _OVERFLOW = re.compile(
-    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size)"
+    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size|limit)"
     r"|prompt is too long|input is too long|input token count .* exceeds|too many (input )?tokens"
     r"|reduce the length",
     re.IGNORECASE,
@@ -302,7 +334,8 @@ _BAD_KEY = re.compile(
     r"invalid_api_key|authentication_error|api key not valid|permission_error", re.IGNORECASE
 )
 _WINDOW = re.compile(
-    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|n_ctx\D{1,4}(\d+)|context size \((\d+)",
+    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|context limit: \d+ \+ \d+ > (\d+)"
+    r"|n_ctx\D{1,4}(\d+)|context size \((\d+)",
     re.IGNORECASE,
 )
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
@@ -365,6 +398,9 @@ _STATUS_OF_TYPE = {
     "authentication_error": 401,
     "permission_error": 403,
     "not_found_error": 404,
+    "billing_error": 402,
+    "request_too_large": 413,
+    "timeout_error": 504,
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
     "overloaded_error": 529,
