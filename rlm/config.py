@@ -13,12 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from . import secrets
+from .client import Price
 from .errors import ConfigError
+from .gate import Policy
 from .ledger import Limits
+from .pace import RateLimit
 
 _DEFAULTS = Limits()
+_POLICY = Policy()
 
 
 class Config(BaseModel):
@@ -29,6 +35,26 @@ class Config(BaseModel):
     backend: Any = Field("openai", description="Name of the model client, or a BaseLM.")
     backend_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Keywords for the client's constructor."
+    )
+    sub_backend: Any = Field(
+        None, description="The same for calls from cells, and for child runs; the backend unless given."
+    )
+    sub_backend_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Keywords for that client's constructor."
+    )
+    other_backends: list[Any] = Field(
+        default_factory=list,
+        description="Clients that a cell may name as `model`. Without a sub_backend the first is it.",
+    )
+    other_backend_kwargs: list[dict[str, Any]] = Field(
+        default_factory=list, description="Keywords for each of the other backends, in their order."
+    )
+    sampling_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="max_tokens, temperature, stop, seed, and fields of the provider's own, for every call.",
+    )
+    sub_sampling_args: dict[str, Any] | None = Field(
+        None, description="In place of sampling_args, for calls from cells and child runs."
     )
     environment: Any = Field(
         "local", description="Name of the environment, or a BaseEnv whose settings each run copies."
@@ -63,6 +89,38 @@ class Config(BaseModel):
     max_concurrent_subcalls: int = Field(
         16, ge=1, description="Child runs that one rlm_query_batched has going at a time."
     )
+    call_timeout: float | None = Field(
+        _POLICY.timeout, gt=0, description="Seconds one attempt at a model call may take."
+    )
+    max_retries: int = Field(
+        _POLICY.max_retries,
+        ge=0,
+        description="Further attempts at a model call that failed in a way that may pass.",
+    )
+    hedge_after: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds without a reply after which a call is made a second time. It is paid twice.",
+    )
+    rate_limits: dict[str, RateLimit] = Field(
+        default_factory=dict,
+        strict=False,
+        description="By name of a backend, of a model, or '*': requests_per_minute, tokens_per_minute, "
+        "concurrency.",
+    )
+    share_rate_limits: Path | None = Field(
+        None, strict=False, description="Folder by which processes of this machine keep to one rate together."
+    )
+    prices: dict[str, Price] = Field(
+        default_factory=dict,
+        description="By name of a model: input, output, cached, cache_write; dollars for a million tokens.",
+    )
+    stream: bool = Field(True, description="Stream the root's replies, where the client can.")
+    record: Path | None = Field(
+        None,
+        strict=False,
+        description="File to which every request and reply is appended, for backend='replay'.",
+    )
     custom_system_prompt: str | None = Field(
         None, description="Replaces the system prompt, exactly as written."
     )
@@ -70,6 +128,22 @@ class Config(BaseModel):
         None, strict=False, description="File to which every event is appended, as JSON lines."
     )
     verbose: bool = Field(False, description="Show progress on the terminal.")
+
+    @field_validator("prices", mode="before")
+    @classmethod
+    def _as_prices(cls, value: Any) -> Any:
+        """Prices written as tables, as a file has them."""
+        try:
+            return {name: msgspec.convert(item, Price) for name, item in value.items()}
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from None
+
+    def shown(self) -> list[tuple[str, Any]]:
+        """What was set, fit to be printed: keys are masked."""
+        return [(name, secrets.mask(getattr(self, name))) for name in sorted(self.model_fields_set)]
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        return [*self.shown()]
 
     @classmethod
     def create(cls, **values: Any) -> Config:
@@ -81,7 +155,7 @@ class Config(BaseModel):
             return cls(**values)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, item['loc']))}={item['input']!r}: {item['msg']}"
+                f"{'.'.join(map(str, item['loc']))}={_shown(item)!r}: {item['msg']}"
                 for item in error.errors()
             )
             raise ConfigError(f"the configuration is not valid: {problems}") from None
@@ -102,6 +176,11 @@ class Config(BaseModel):
         """The limits among these settings."""
         names = (field.name for field in dataclasses.fields(Limits))
         return Limits(**{name: getattr(self, name) for name in names})
+
+
+def _shown(problem: Any) -> Any:
+    """The input that a validation error complains of, without keys."""
+    return secrets.mask(problem["input"], any(secrets.is_secret(str(part)) for part in problem["loc"]))
 
 
 def _unknown(key: str, known: list[str]) -> str:

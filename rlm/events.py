@@ -66,6 +66,27 @@ class ModelRequested(Event, frozen=True, kw_only=True, tag="model_requested"):
     messages: list[Message]
 
 
+class ModelOutput(Event, frozen=True, kw_only=True, tag="model_output"):
+    """A model has written something: a batch, which the reply repeats, unless the attempt fails."""
+
+    call: int
+    text: str
+
+
+class ModelRetried(Event, frozen=True, kw_only=True, tag="model_retried"):
+    """An attempt of a call came to nothing; another one follows."""
+
+    call: int
+    kind: Literal["root", "sub"]
+    model: str
+    attempt: int
+    error: str
+    sent: bool
+    """Whether it may have been billed."""
+    wait: float
+    """Seconds until the next attempt, at least."""
+
+
 class ModelReplied(Event, frozen=True, kw_only=True, tag="model_replied"):
     """A call came back."""
 
@@ -148,6 +169,8 @@ AnyEvent = (
     RunStarted
     | SandboxStarted
     | ModelRequested
+    | ModelOutput
+    | ModelRetried
     | ModelReplied
     | ModelFailed
     | CellStarted

@@ -1,9 +1,9 @@
 """The LMHandler: the one door to models.
 
 Every model call of a run tree, the root's included, goes through `complete`: it is
-reserved in the ledger, bounded in concurrency, made, settled and recorded, in that order
-and nowhere else. Sandboxes reach the handler over TCP, on loopback, each with a session's
-token; what a session's calls may do is decided by the function that serves it.
+reserved in the ledger, passed through its client's gate (see `rlm.gate`), settled and
+recorded, in that order and nowhere else. Sandboxes reach the handler over TCP, on loopback,
+each with a session's token; what a session's calls may do is decided by the function that serves it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import asyncio
 import functools
 import socket
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from .client import BaseLM, Message, Reply, Request, Usage
+from .backends import Backends
+from .client import BaseLM, Message, Price, Reply, Request
 from .errors import ModelError, RLMError
-from .events import EventBus, ModelFailed, ModelReplied, ModelRequested
+from .events import AnyEvent, EventBus, ModelFailed, ModelOutput, ModelReplied, ModelRequested, ModelRetried
+from .gate import Retry
 from .ledger import Ledger
 from .session import Connection, Receive, ServeCalls, Session
 
@@ -28,6 +31,9 @@ BACKLOG = 1024
 
 DEFAULT_CONCURRENCY = 256
 """Model calls in flight at a time."""
+
+OUTPUT_INTERVAL = 0.1
+"""Seconds between two events about one reply that is being written."""
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -51,19 +57,22 @@ class LMHandler:
 
     def __init__(
         self,
-        client: BaseLM | None,
+        models: Backends | BaseLM | None,
         ledger: Ledger,
         events: EventBus,
         *,
         concurrency: int = DEFAULT_CONCURRENCY,
+        stream: bool = True,
         host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
-        self.client = client
+        self.models = models if isinstance(models, Backends) else Backends.of(models)
         self.ledger = ledger
         self.events = events
         self.concurrency = concurrency
         self._slots = asyncio.Semaphore(concurrency)
+        self._stream = stream
+        self._id = uuid.uuid4().hex
         self._listen = (host, port)
         self._server: asyncio.Server | None = None
         self._sessions: dict[str, Session] = {}
@@ -130,26 +139,54 @@ class LMHandler:
     ) -> Reply:
         """Make one model call. ``prefix`` messages are known from the caller's previous one.
 
-        Raises LimitExceeded before the call when the ledger has none left, ModelError when
-        the model gives no reply.
+        A failed attempt is made again as the gate's policy says. Raises LimitExceeded before
+        the call when the ledger has none left, ModelError when the model gives no reply.
         """
-        client = self._client_for(model)
-        async with self._slots:
-            number = self.ledger.reserve_call()
-            name = client.model_name
-            self._emit_request(number, caller, name, messages, prefix)
-            start = time.perf_counter()
-            try:
-                reply = _checked(await client.complete(Request(tuple(messages))))
-            except BaseException as error:
-                self.ledger.fail(name)
-                self._emit_failure(number, caller, name, error, time.perf_counter() - start)
-                if isinstance(error, RLMError) or not isinstance(error, Exception):
-                    raise
-                raise ModelError(f"the model call failed: {type(error).__name__}: {error}") from error
-            self.ledger.settle(reply.model or name, reply.usage)
-            self._emit_reply(number, caller, reply, reply.model or name, time.perf_counter() - start)
-            return reply
+        sub = caller.kind == "sub" or caller.depth > 0
+        gate = self.models.choose(model, sub=sub)
+        call = _Call(self, caller, gate.client.model_name, messages[prefix:], prefix)
+        try:
+            reply = await gate.call(
+                self._request(messages, caller, sub),
+                call,
+                slots=self._slots,
+                seconds_left=self.ledger.seconds_left,
+                stream=self._stream and caller.kind == "root",
+            )
+        except BaseException as error:
+            failure = self._as_ours(error)
+            call.failed(failure)
+            if failure is error:
+                raise
+            raise failure from failure.__cause__
+        name = reply.model or call.model
+        reply = _priced(reply, gate.price(name) or gate.price(call.model))
+        call.replied(reply, name)
+        return reply
+
+    def _request(self, messages: Sequence[Message], caller: Caller, sub: bool) -> Request:
+        is_turn = caller.kind == "root"
+        session = f"{self._id}-{caller.run}" if is_turn else f"{self._id}-sub-{caller.depth}"
+        return Request(
+            tuple(messages),
+            timeout=None,
+            session=session,
+            cache=is_turn,
+            **self.models.sampling(sub=sub),
+        )
+
+    def _as_ours(self, error: BaseException) -> BaseException:
+        """The error a caller gets: of this framework's own kinds, and without keys in its text."""
+        if not isinstance(error, Exception):
+            return error
+        hidden = self.models.hide(str(error))
+        if isinstance(error, RLMError):
+            if hidden != str(error):
+                error.args = (hidden,)
+            return error
+        failure = ModelError(f"the model call failed: {type(error).__name__}: {hidden}")
+        failure.__cause__ = error if hidden == str(error) else None  # a traceback shows the cause's text
+        return failure
 
     async def each(
         self, items: Sequence[Item], call: Callable[[Item], Awaitable[Outcome]], width: int
@@ -171,51 +208,84 @@ class LMHandler:
                 group.create_task(work(queue))
         return outcomes
 
-    def _client_for(self, model: str | None) -> BaseLM:
-        if self.client is None:
-            raise ModelError("no model is connected to this environment: it was opened without one")
-        if model is not None and model != self.client.model_name:
-            raise ModelError(
-                f"this run offers no model {model!r}; it offers {self.client.model_name!r}. "
-                "The second argument of llm_query is the name of a model: text belongs in the prompt."
-            )
-        return self.client
 
-    def _emit_request(
-        self, number: int, caller: Caller, model: str, messages: Sequence[Message], prefix: int
+class _Call:
+    """One model call, as the ledger and the events see it."""
+
+    def __init__(
+        self, handler: LMHandler, caller: Caller, model: str, messages: Sequence[Message], prefix: int
     ) -> None:
-        events = self.events
+        self.model = model
+        self._handler = handler
+        self._caller = caller
+        self._messages = list(messages)
+        self._prefix = prefix
+        self._number = 0
+        self._start = 0.0
+        self._written: list[str] = []
+        self._told_at = 0.0
+
+    def started(self) -> None:
+        """The first attempt takes the call from the budget. Raises LimitExceeded when it has none left."""
+        if self._number:
+            return
+        self._number = self._handler.ledger.reserve_call()
+        self._start = time.perf_counter()
+        self._emit(
+            ModelRequested,
+            kind=self._caller.kind, model=self.model, prefix=self._prefix, messages=self._messages,
+        )  # fmt: skip
+
+    def retried(self, retry: Retry) -> None:
+        self.started()  # a provider that is down may not have been asked at all
+        self._written.clear()
+        self._handler.ledger.retried(self.model)
+        self._emit(
+            ModelRetried,
+            kind=self._caller.kind, model=self.model, attempt=retry.attempt,
+            error=self._handler.models.hide(retry.error), sent=retry.sent, wait=retry.wait,
+        )  # fmt: skip
+
+    def wrote(self, text: str) -> None:
+        """Collect pieces of a reply; a model writes hundreds of them a second."""
+        self._written.append(text)
+        now = time.monotonic()
+        if now - self._told_at >= OUTPUT_INTERVAL:
+            self._emit(ModelOutput, text="".join(self._written))
+            self._written.clear()
+            self._told_at = now
+
+    def replied(self, reply: Reply, model: str) -> None:
+        self._handler.ledger.settle(model, reply.usage)
+        self._emit(
+            ModelReplied,
+            kind=self._caller.kind, model=model, text=reply.text, finish=reply.finish, usage=reply.usage,
+            seconds=time.perf_counter() - self._start,
+        )  # fmt: skip
+
+    def failed(self, error: BaseException) -> None:
+        if not self._number:  # ended before it was made, so it was not made
+            return
+        self._handler.ledger.fail(self.model)
+        self._emit(
+            ModelFailed,
+            kind=self._caller.kind, model=self.model, error=f"{type(error).__name__}: {error}",
+            seconds=time.perf_counter() - self._start,
+        )  # fmt: skip
+
+    def _emit(self, event: Callable[..., AnyEvent], **values: Any) -> None:
+        events, caller = self._handler.events, self._caller
         events.emit(
-            ModelRequested(
+            event(
                 at=events.now(), run=caller.run, parent=caller.parent, depth=caller.depth,
-                call=number, kind=caller.kind, model=model, prefix=prefix, messages=list(messages[prefix:]),
-            )
-        )  # fmt: skip
-
-    def _emit_reply(self, number: int, caller: Caller, reply: Reply, model: str, seconds: float) -> None:
-        events = self.events
-        events.emit(
-            ModelReplied(
-                at=events.now(), run=caller.run, parent=caller.parent, depth=caller.depth, call=number,
-                kind=caller.kind, model=model, text=reply.text, finish=reply.finish, usage=reply.usage,
-                seconds=seconds,
-            )
-        )  # fmt: skip
-
-    def _emit_failure(
-        self, number: int, caller: Caller, model: str, error: BaseException, seconds: float
-    ) -> None:
-        events = self.events
-        events.emit(
-            ModelFailed(
-                at=events.now(), run=caller.run, parent=caller.parent, depth=caller.depth, call=number,
-                kind=caller.kind, model=model, error=f"{type(error).__name__}: {error}", seconds=seconds,
+                call=self._number, **values,
             )
         )  # fmt: skip
 
 
-def _checked(reply: object) -> Reply:
-    """A client is somebody else's code: what it returns is looked at before it is believed."""
-    if not isinstance(reply, Reply) or not isinstance(reply.text, str) or not isinstance(reply.usage, Usage):
-        raise ModelError(f"the client returned {type(reply).__name__} in place of a complete Reply")
-    return reply
+def _priced(reply: Reply, price: Price | None) -> Reply:
+    """A reply with its cost, as the provider told it, or else by the price; or without, if none is known."""
+    if reply.usage.cost is not None or price is None:
+        return reply
+    usage = msgspec.structs.replace(reply.usage, cost=price.cost(reply.usage))
+    return msgspec.structs.replace(reply, usage=usage)

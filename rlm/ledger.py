@@ -69,6 +69,10 @@ class Ledger:
         self.in_flight -= 1
         self._usage.setdefault(model, ModelUsageSummary()).add(usage)
 
+    def retried(self, model: str) -> None:
+        """An attempt of a reserved call failed, and is made again."""
+        self._usage.setdefault(model, ModelUsageSummary()).total_retries += 1
+
     def fail(self, model: str) -> None:
         """A reserved call came back without a reply. It stays counted: it may have been billed."""
         self.settle(model, Usage())

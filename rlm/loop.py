@@ -32,6 +32,7 @@ from .events import (
     RunFinished,
     RunStarted,
     SandboxStarted,
+    Warned,
 )
 from .handler import Caller, LMHandler
 from .ledger import Ledger
@@ -74,7 +75,15 @@ class Run:
     """One run: a question, a context, a sandbox, a history."""
 
     def __init__(
-        self, tree: Tree, context: Any, question: str | None, *, depth: int = 0, parent: str | None = None
+        self,
+        tree: Tree,
+        context: Any,
+        question: str | None,
+        *,
+        depth: int = 0,
+        parent: str | None = None,
+        model: str | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self._tree = tree
         self._context = context
@@ -82,6 +91,8 @@ class Run:
         self._depth = depth
         self._id = tree.next_run_id()
         self._parent = parent
+        self._model = model
+        self._notes = notes
         self._messages: list[Message] = []
         self._sent = 0
         self._iteration = 0
@@ -183,7 +194,9 @@ class Run:
     async def _ask(self) -> Reply:
         """The model's next reply. The previous request is a prefix of this one, to the byte."""
         prefix, self._sent = self._sent, len(self._messages)
-        return await self._tree.handler.complete(self._messages, self._caller("root"), prefix=prefix)
+        return await self._tree.handler.complete(
+            self._messages, self._caller("root"), model=self._model, prefix=prefix
+        )
 
     def _caller(self, kind: Literal["root", "sub"]) -> Caller:
         return Caller(self._id, self._parent, self._depth, kind)
@@ -317,7 +330,7 @@ class Run:
 
         async def ask(item: tuple[str, str | None]) -> str:
             if deeper:
-                return await self._ask_child(*item)
+                return await self._ask_child(*item, model=call.model)
             prompt = item[0] if item[1] is None else f"{item[0]}\n\n{item[1]}"
             reply = await tree.handler.complete(
                 [Message("user", prompt)], self._caller("sub"), model=call.model
@@ -328,7 +341,7 @@ class Run:
             return [await ask(item) for item in items]
         return await tree.handler.each(items, ask, tree.width if deeper else tree.handler.concurrency)
 
-    async def _ask_child(self, prompt: str, context: str | None) -> str:
+    async def _ask_child(self, prompt: str, context: str | None, model: str | None) -> str:
         question = None if context is None else prompt
         child = Run(
             self._tree,
@@ -336,6 +349,7 @@ class Run:
             question,
             depth=self._depth + 1,
             parent=self._id,
+            model=model,
         )
         return (await child.run()).response
 
@@ -354,6 +368,8 @@ class Run:
             backend=self._tree.backend_name, environment=self._tree.environment_name,
             started=datetime.now(UTC).isoformat() if self._depth == 0 else None,
         )  # fmt: skip
+        for note in self._notes:
+            self._emit(Warned, message=note)
 
     def _emit_failed(self, error: BaseException, seconds: float) -> None:
         stopped = "error"

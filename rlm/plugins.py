@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from .errors import BrokenPlugin, PluginConflict, UnknownPlugin
+from .errors import BrokenPlugin, ConfigError, PluginConflict, UnknownPlugin
 
 Group = Literal["rlm.environments", "rlm.clients", "rlm.commands"]
 
@@ -76,6 +77,14 @@ def load(group: Group, name: str) -> Any:
         f"no {word} is called {name!r}{hint or '.'} Installed: {', '.join(names) or 'none'}. "
         f"{_where_to_get(name, word)}"
     )
+
+
+def construct(kind: Any, settings: Mapping[str, Any], what: str) -> Any:
+    """An object of a plugin's class. Settings that it does not take are a ConfigError."""
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise ConfigError(f"{what} does not take these settings: {error}") from error
 
 
 def _where_to_get(name: str, word: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import context as contexts
 from . import hostloop, plugins
+from .backends import Backends, connect, name_of
 from .client import BaseLM, UsageSummary
 from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import ConfigError
@@ -65,7 +66,7 @@ class RLM:
 
         self.config: Config = Config.create(**settings)
         self._on_event = on_event
-        self._client: BaseLM | None = None
+        self._backends: Backends | None = None
         self._new_environment: Callable[[], BaseEnv] | None = None
 
     @classmethod
@@ -115,10 +116,15 @@ class RLM:
                 await asyncio.wait([task])
 
     def close(self) -> None:
-        """Close the model client, if this RLM made it. Safe to call twice."""
-        client, self._client = self._client, None
-        if client is not None and client is not self.config.backend:
-            hostloop.run(client.aclose())
+        """Close the model clients that this RLM made. Safe to call twice."""
+        backends, self._backends = self._backends, None
+        if backends is not None:
+            config = self.config
+            yours = [config.backend, config.sub_backend, *config.other_backends]
+            hostloop.run(backends.aclose(but=yours))
+
+    def __repr__(self) -> str:
+        return f"RLM({', '.join(f'{name}={value!r}' for name, value in self.config.shown())})"
 
     def __enter__(self) -> RLM:
         return self
@@ -140,9 +146,9 @@ class RLM:
 
             subscribers.append(Console())
         context = contexts.resolve(prompt)
-        client = self._connect()
+        backends, notes = await self._connect()
         if config.trace is None:
-            return await self._run(client, context, root_prompt, EventBus(subscribers))
+            return await self._run(backends, notes, context, root_prompt, EventBus(subscribers))
         try:
             writer = JSONLWriter(config.trace)
         except OSError as error:
@@ -150,34 +156,37 @@ class RLM:
                 f"the trace {str(config.trace)!r} cannot be written: {error.strerror}"
             ) from error
         with writer:
-            return await self._run(client, context, root_prompt, EventBus([*subscribers, writer]))
+            bus = EventBus([*subscribers, writer])
+            return await self._run(backends, notes, context, root_prompt, bus)
 
     async def _run(
-        self, client: BaseLM, context: Any, question: str | None, events: EventBus
+        self, backends: Backends, notes: list[str], context: Any, question: str | None, events: EventBus
     ) -> RLMChatCompletion:
         config = self.config
         if self._new_environment is None:
             self._new_environment = environment_factory(config.environment, config.environment_kwargs)
         ledger = Ledger(config.limits())
-        handler = LMHandler(client, ledger, events, concurrency=config.max_concurrent_calls)
+        handler = LMHandler(
+            backends, ledger, events, concurrency=config.max_concurrent_calls, stream=config.stream
+        )
         async with handler:
             tree = Tree(
                 handler=handler,
                 ledger=ledger,
                 events=events,
                 new_environment=self._new_environment,
-                environment_name=_name(config.environment),
-                backend_name=_name(config.backend),
+                environment_name=name_of(config.environment),
+                backend_name=name_of(config.backend),
                 system_prompt=config.custom_system_prompt,
                 width=config.max_concurrent_subcalls,
             )
-            run = Run(tree, context, question)
+            run = Run(tree, context, question, notes=notes)
             outcome = await run.run()
         return RLMChatCompletion(
             response=outcome.response,
             value=outcome.value,
             stopped=outcome.stopped,
-            root_model=client.model_name,
+            root_model=backends.root.client.model_name,
             iterations=outcome.iterations,
             execution_time=events.now(),
             usage_summary=ledger.usage(),
@@ -185,20 +194,11 @@ class RLM:
             isolation=run.isolation,
         )
 
-    def _connect(self) -> BaseLM:
-        """The client, made on first use, on the core's loop."""
-        if self._client is None:
-            backend = self.config.backend
-            if isinstance(backend, BaseLM):
-                self._client = backend
-            elif isinstance(backend, str):
-                kind = plugins.load("rlm.clients", backend)
-                self._client = _construct(kind, self.config.backend_kwargs, f"backend {backend!r}")
-            else:
-                raise ConfigError(
-                    f"backend={backend!r}: give the name of a client (see `rlm clients`), or a BaseLM"
-                )
-        return self._client
+    async def _connect(self) -> tuple[Backends, list[str]]:
+        """The clients, made on first use, on the core's loop; and what they have to say."""
+        if self._backends is None:
+            self._backends = connect(self.config)
+        return self._backends, await self._backends.prepare()
 
 
 class REPL:
@@ -255,6 +255,8 @@ class REPL:
         tree = Tree(self._handler, ledger, events, self._new, "repl", "repl", None, 1)
         env = self._new()
         try:
+            if self._backend is not None:
+                await self._backend.prepare()
             await env.start(Host(self._handler, Run(tree, "", None).serve, self._on_output))
         except BaseException:
             await self._handler.__aexit__()
@@ -297,15 +299,4 @@ def environment_factory(environment: Any, settings: dict[str, Any]) -> Callable[
             f"environment={environment!r}: give a name (see `rlm environments`), a BaseEnv, or its class"
         )
     what = f"environment {environment!r}" if isinstance(environment, str) else "the environment"
-    return lambda: _construct(kind, settings, what)
-
-
-def _construct(kind: Any, settings: dict[str, Any], what: str) -> Any:
-    try:
-        return kind(**settings)
-    except TypeError as error:
-        raise ConfigError(f"{what} does not take these settings: {error}") from error
-
-
-def _name(thing: Any) -> str:
-    return thing if isinstance(thing, str) else type(thing).__name__
+    return lambda: plugins.construct(kind, settings, what)

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from aimock_support import aimock, aimock_process  # noqa: F401 - fixtures
+from llama_support import llama  # noqa: F401 - a fixture
 
 from rlm import open_repl
 from rlm.testing.sessions import HANG, Cells, unavailable

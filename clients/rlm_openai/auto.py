@@ -16,7 +16,7 @@ from rlm import plugins
 from rlm.client import BaseLM, ModelInfo, Reply, Request, SupportsStream
 from rlm.errors import AuthError, ConfigError, ModelError
 
-from .client import OpenAILM
+from .client import UNNAMED, OpenAILM
 
 KEYS = (
     ("OPENAI_API_KEY", "openai", "gpt-5.4-mini"),
@@ -45,13 +45,9 @@ class AutoLM(BaseLM):
 
     def __init__(self, model_name: str | None = None, **settings: Any) -> None:
         self._wanted = model_name
+        self.model_name = model_name or UNNAMED
         self._settings = settings
         self._found: BaseLM | None = None
-
-    @property
-    def model_name(self) -> str:  # type: ignore[override]
-        """The model that was found."""
-        return self._found.model_name if self._found is not None else self._wanted or "unknown"
 
     async def prepare(self) -> str | None:
         """Look around once, and say what was found. Raises AuthError when that is nothing."""
@@ -59,7 +55,7 @@ class AutoLM(BaseLM):
             return None
         client, said = self._by_key() or await self._by_port()
         said = await client.prepare() or said
-        self._found = client
+        self._found, self.model_name = client, client.model_name
         return f"backend 'auto': {said}"
 
     async def complete(self, request: Request) -> Reply:

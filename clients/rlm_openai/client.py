@@ -17,6 +17,9 @@ from rlm.secrets import Secret, SecretText
 from .chat import Chat
 from .responses import Responses
 
+UNNAMED = "unknown"
+"""A model's name until its server has told it."""
+
 PROBE_TIMEOUT = 5.0
 """Seconds a server has to say which models it serves."""
 
@@ -90,7 +93,7 @@ class OpenAILM(HTTPLM):
         self.endpoint = Endpoint(url, {**key, **(headers or {})}, query)
         if model_name is None and self._is_home and preset.needs_key:
             raise ConfigError(f"say which of {preset.title}'s models is meant: model_name='...'")
-        self._named = model_name
+        self.model_name = model_name or UNNAMED
         self._window = context_window
         self._price = msgspec.convert(price, Price) if isinstance(price, Mapping) else price
         cache_key = preset.cache_key and self._is_home
@@ -98,25 +101,20 @@ class OpenAILM(HTTPLM):
         self._dialect: Dialect = Chat(field, cache_key) if api == "chat" else Responses(cache_key)
 
     @property
-    def model_name(self) -> str:  # type: ignore[override]
-        """The name that was given; otherwise what the server said it serves."""
-        return self._named or "unknown"
-
-    @property
     def dialect(self) -> Dialect:
         return self._dialect
 
     async def prepare(self) -> str | None:
         """Ask a server that was named without a model which one it serves."""
-        if self._named is not None:
+        if self.model_name != UNNAMED:
             return None
         served = await self.served()
         if len(served) != 1:
             names = ", ".join(repr(name) for name in sorted(served)[:20]) or "none"
             raise ConfigError(f"{self.endpoint.base_url} serves {names}: say which with model_name='...'")
-        self._named, window = served.popitem()
+        self.model_name, window = served.popitem()
         self._window = self._window or window
-        return f"{self.endpoint.base_url} serves {self._named!r}"
+        return f"{self.endpoint.base_url} serves {self.model_name!r}"
 
     async def served(self, timeout: float = PROBE_TIMEOUT) -> dict[str, int | None]:
         """The models of the server, each with its context window in tokens, if it tells."""

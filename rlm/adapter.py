@@ -1,0 +1,58 @@
+"""SyncLM: a plain function, or a client that only knows how to wait, made into a BaseLM."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .client import BaseLM, Reply, Request, Usage
+from .errors import ConfigError
+
+THREADS = 64
+"""Calls in flight of one synchronous client."""
+
+
+class SyncLM(BaseLM):
+    """Runs a function of a `Request` in threads; it returns a str, or a Reply.
+
+    In place of the function: a coroutine function, which is awaited on the core's loop, or an
+    object with a method ``completion(messages)``, which gets a list of dicts with "role" and
+    "content". A call that is cancelled goes on in its thread; its reply is dropped.
+    """
+
+    def __init__(self, call: Any, *, model_name: str | None = None, threads: int = THREADS) -> None:
+        method = getattr(call, "completion", None)
+        if method is None and not callable(call):
+            raise ConfigError(f"{call!r} is no model: it is neither a function nor has a method completion()")
+        self.model_name = model_name or _name_of(call)
+        self._call: Callable[[Request], Any] = call if method is None else lambda r: method(_dicts(r))
+        self._is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
+            getattr(call, "__call__", None)  # noqa: B004 - an object whose call is a coroutine function
+        )
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="rlm-client")
+
+    async def complete(self, request: Request) -> Reply:
+        if self._is_async:
+            return self._reply(await self._call(request), request)
+        loop = asyncio.get_running_loop()
+        return self._reply(await loop.run_in_executor(self._threads, self._call, request), request)
+
+    def _reply(self, said: Any, request: Request) -> Reply:
+        if isinstance(said, str):
+            return Reply(said, usage=Usage.estimate(request.messages, said), model=self.model_name)
+        return said  # type: ignore[no-any-return] # the gate looks at what it is
+
+    async def aclose(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _name_of(call: Any) -> str:
+    name = getattr(call, "model_name", None) or getattr(call, "__name__", None)
+    return name if isinstance(name, str) else type(call).__name__
+
+
+def _dicts(request: Request) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in request.messages]

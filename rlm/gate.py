@@ -1,0 +1,357 @@
+"""What stands between the LMHandler and a provider: its pace, another try, and a circuit.
+
+A `Gate` is one client behind the `Pool` of its provider, and that of a model with limits of
+its own. Pools are shared by everything that draws on the same limits. Retries use full jitter
+(M. Brooker, "Exponential Backoff And Jitter", 2015) and honour Retry-After.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from .client import (
+    CHARACTERS_PER_TOKEN,
+    BaseLM,
+    Price,
+    Reply,
+    Request,
+    SupportsPoolKey,
+    SupportsStream,
+    Usage,
+)
+from .errors import (
+    ConnectFailed,
+    ModelError,
+    ProtocolError,
+    RateLimited,
+    RetryableError,
+    Timeout,
+    Unavailable,
+)
+from .pace import Pace, RateLimit, Times
+
+BACKOFF = 1.0
+"""Seconds within which the first retry falls; each further one doubles it."""
+
+LONGEST_BACKOFF = 60.0
+
+LONGEST_RETRY_AFTER = 600.0
+"""Seconds a provider may ask to be left alone; when it asks for more, the call fails at once."""
+
+MAX_REFUSALS = 20
+"""Times that one call may be refused for the sake of a rate limit."""
+
+FAILURES_TO_OPEN = 8
+"""Failures in a row after which a provider is taken to be down."""
+
+FIRST_COOLDOWN, LONGEST_COOLDOWN = 1.0, 30.0
+"""Seconds a provider that is down is left alone; doubled each time it still is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How calls are made."""
+
+    max_retries: int = 5
+    """Further attempts of a call that failed; being refused by a rate limit does not count."""
+    timeout: float | None = 600.0
+    """Seconds of one attempt."""
+    hedge_after: float | None = None
+    """Seconds without a reply after which the same is asked a second time; the first reply counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Retry:
+    """An attempt that came to nothing, and what happens next."""
+
+    attempt: int
+    error: str
+    sent: bool
+    """Whether it may have been billed."""
+    wait: float
+    """Seconds until the next one, at least."""
+
+
+class Watcher(Protocol):
+    """Is told how a call goes."""
+
+    def started(self) -> None:
+        """An attempt is about to be made. Whatever it raises ends the call."""
+
+    def retried(self, retry: Retry) -> None:
+        """An attempt came to nothing, and another one follows."""
+
+    def wrote(self, text: str) -> None:
+        """A piece of a reply has arrived."""
+
+
+class Pool:
+    """What calls to one provider, or to one of its models, have in common."""
+
+    def __init__(self, name: str, limit: RateLimit | None = None, times: Times | None = None) -> None:
+        limit = limit or RateLimit()
+        self.name = name
+        self.pace = Pace(limit, times)
+        self.circuit = Circuit(name)
+        self._slots = asyncio.Semaphore(limit.concurrency) if limit.concurrency else None
+        self._turn = asyncio.Lock()
+
+    async def enter(self, tokens: int) -> None:
+        """Wait until an attempt may be made. Raises Unavailable at once while the provider is down."""
+        self.circuit.check()
+        if self._slots is not None:
+            await self._slots.acquire()
+        try:
+            if self.pace.is_free and not self._turn.locked():
+                self.pace.take(time.monotonic(), tokens)
+            else:
+                await self._take_turn(tokens)
+                self.circuit.check()  # much may have happened meanwhile
+            self.circuit.enter()
+        except BaseException:
+            self.leave()
+            raise
+
+    async def _take_turn(self, tokens: int) -> None:
+        async with self._turn:  # first come, first served
+            while (wait := self.pace.wait(time.monotonic())) > 0:
+                await asyncio.sleep(wait)
+            self.pace.take(time.monotonic(), tokens)
+
+    def leave(self) -> None:
+        """The attempt is over, one way or another."""
+        self.circuit.leave()
+        if self._slots is not None:
+            self._slots.release()
+
+    def worked(self, tokens: int) -> None:
+        """An attempt got a reply, for which ``tokens`` more were used than had been estimated."""
+        self.circuit.worked()
+        self.pace.correct(tokens)
+
+    def failed(self, error: ModelError, sent_at: float) -> None:
+        """An attempt failed. Being refused slows everyone down, not only who was refused."""
+        if isinstance(error, RateLimited):
+            self.pace.refused(time.monotonic(), sent_at, error.retry_after)
+        elif isinstance(error, Unavailable | ConnectFailed | Timeout):
+            self.circuit.failed(error)
+
+
+class Circuit:
+    """Stops asking a provider that is down, and asks again with one call at a time."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._failures = 0
+        self._cooldown = FIRST_COOLDOWN
+        self._closed_at = 0.0
+        self._probing = False
+        self._last = ""
+
+    def check(self) -> None:
+        """Raises Unavailable when nothing is to be sent."""
+        if self._failures < FAILURES_TO_OPEN:
+            return
+        wait = self._closed_at - time.monotonic()
+        if wait > 0 or self._probing:
+            raise Unavailable(
+                f"{self._name} has failed {self._failures} times in a row and is left alone for a while; "
+                f"the last time: {self._last}",
+                sent=False,
+                retry_after=max(wait, 0.0),
+            )
+
+    def enter(self) -> None:
+        """A call goes out; the only one, if the provider was down."""
+        self._probing = self._failures >= FAILURES_TO_OPEN
+
+    def leave(self) -> None:
+        """A call is over."""
+        self._probing = False
+
+    def worked(self) -> None:
+        """The provider is there."""
+        self._failures, self._cooldown = 0, FIRST_COOLDOWN
+
+    def failed(self, error: ModelError) -> None:
+        """The provider is not, or does not work."""
+        self._failures += 1
+        self._last = f"{type(error).__name__}: {error}"
+        now = time.monotonic()
+        if self._failures >= FAILURES_TO_OPEN and now >= self._closed_at:
+            self._closed_at = now + self._cooldown
+            self._cooldown = min(self._cooldown * 2, LONGEST_COOLDOWN)
+
+
+class Gate:
+    """One client, behind its provider's pool."""
+
+    def __init__(
+        self,
+        client: BaseLM,
+        name: str = "",
+        *,
+        policy: Policy | None = None,
+        pool_for: Callable[[str, str], Sequence[Pool]] | None = None,
+        prices: dict[str, Price] | None = None,
+    ) -> None:
+        self.client = client
+        self.name = name or type(client).__name__
+        self.policy = policy or Policy()
+        self._own_pool = (Pool(self.name),)
+        self._pool_for = pool_for or (lambda provider, model: self._own_pool)
+        self._pools: dict[str, Sequence[Pool]] = {}
+        self._prices: dict[str, Price | None] = {**(prices or {})}
+
+    def price(self, model: str) -> Price | None:
+        """What a model costs: as the user said, else as the client knows; None when nobody knows."""
+        if model not in self._prices:
+            self._prices[model] = self.client.info(model).price
+        return self._prices[model]
+
+    async def call(
+        self,
+        request: Request,
+        watcher: Watcher,
+        *,
+        slots: contextlib.AbstractAsyncContextManager[Any],
+        seconds_left: Callable[[], float | None] = lambda: None,
+        stream: bool = False,
+    ) -> Reply:
+        """A reply, after as many attempts as it takes and the policy allows.
+
+        ``slots`` is held during an attempt, not between attempts. With ``stream`` the watcher is
+        told what the model writes as it does, if the client can.
+        """
+        faults = refusals = 0
+        while True:
+            try:
+                return await self._attempt(request, watcher, slots, stream)
+            except RetryableError as error:
+                failure = error
+            if isinstance(failure, RateLimited):
+                refusals += 1
+            else:
+                faults += 1
+            wait = self._wait(failure, faults, refusals, seconds_left())
+            if wait is None:
+                _count_attempts(failure, faults + refusals)
+                raise failure
+            text = f"{type(failure).__name__}: {failure}"
+            watcher.retried(Retry(faults + refusals, text, failure.sent, wait))
+            if not isinstance(failure, RateLimited):  # a refused one waits in the pool, with all others
+                await asyncio.sleep(wait)
+
+    def _wait(self, failure: RetryableError, faults: int, refusals: int, left: float | None) -> float | None:
+        """Seconds before the next attempt; None when there is to be none."""
+        if faults > self.policy.max_retries or refusals > MAX_REFUSALS:
+            return None
+        asked = failure.retry_after or 0.0
+        if asked > LONGEST_RETRY_AFTER or (left is not None and asked >= left):
+            return None
+        if isinstance(failure, RateLimited):
+            return asked
+        return max(asked, random.uniform(0, min(BACKOFF * 2 ** (faults - 1), LONGEST_BACKOFF)))
+
+    async def _attempt(
+        self,
+        request: Request,
+        watcher: Watcher,
+        slots: contextlib.AbstractAsyncContextManager[Any],
+        stream: bool,
+    ) -> Reply:
+        pools = self._pools_of(request)
+        tokens = _estimate(request) if any(pool.pace.counts_tokens for pool in pools) else 0
+        entered: list[Pool] = []
+        try:
+            for pool in pools:
+                await pool.enter(tokens)
+                entered.append(pool)
+            async with slots:
+                watcher.started()
+                sent_at = time.monotonic()
+                try:
+                    reply = await self._in_time(request, watcher, stream)
+                except ModelError as error:
+                    for pool in pools:
+                        pool.failed(error, sent_at)
+                    raise
+            for pool in pools:
+                pool.worked(reply.usage.input_tokens + reply.usage.output_tokens - tokens)
+            return reply
+        finally:
+            for pool in entered:
+                pool.leave()
+
+    async def _in_time(self, request: Request, watcher: Watcher, stream: bool) -> Reply:
+        limit = self.policy.timeout
+        try:
+            async with asyncio.timeout(limit) as scope:
+                if stream and isinstance(self.client, SupportsStream):
+                    return _checked(await self._streamed(self.client, request, watcher))
+                if self.policy.hedge_after is not None:
+                    return _checked(await self._hedged(request, self.policy.hedge_after, watcher))
+                return _checked(await self.client.complete(request))
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise Timeout(f"no reply within {limit:g} s") from None
+
+    async def _streamed(self, client: SupportsStream, request: Request, watcher: Watcher) -> Reply:
+        stream: Any = client.stream(request)
+        async with contextlib.aclosing(stream) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Reply):
+                    return piece
+                watcher.wrote(piece)
+        raise ProtocolError("the stream ended without a reply")
+
+    async def _hedged(self, request: Request, after: float, watcher: Watcher) -> Reply:
+        """The first reply of two calls, the second of which is made when the first takes long."""
+        first = asyncio.ensure_future(self.client.complete(request))
+        pending = {first}
+        try:
+            await asyncio.wait(pending, timeout=after)
+            if not first.done():
+                watcher.retried(Retry(1, f"no reply after {after:g} s: asked a second time", True, 0.0))
+                pending.add(asyncio.ensure_future(self.client.complete(request)))
+            while True:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                good = [task for task in done if task.exception() is None]
+                if good or not pending:
+                    return (good or [*done])[0].result()
+        finally:
+            for task in pending:
+                task.cancel()
+
+    def _pools_of(self, request: Request) -> Sequence[Pool]:
+        model = request.model or self.client.model_name
+        pools = self._pools.get(model)
+        if pools is None:
+            client = self.client
+            provider = client.pool_key(model) if isinstance(client, SupportsPoolKey) else self.name
+            pools = self._pools[model] = self._pool_for(provider, model)
+        return pools
+
+
+def _estimate(request: Request) -> int:
+    characters = sum(len(message.content) for message in request.messages)
+    return characters // CHARACTERS_PER_TOKEN + (request.max_tokens or 0)
+
+
+def _count_attempts(failure: ModelError, attempts: int) -> None:
+    if attempts > 1:
+        failure.args = (f"{failure} (after {attempts} attempts)",)
+
+
+def _checked(reply: object) -> Reply:
+    """A client is somebody else's code: what it returns is looked at before it is believed."""
+    if not isinstance(reply, Reply) or not isinstance(reply.text, str) or not isinstance(reply.usage, Usage):
+        raise ModelError(f"the client returned {type(reply).__name__} in place of a complete Reply")
+    return reply

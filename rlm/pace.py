@@ -1,0 +1,179 @@
+"""How fast a provider may be asked: limits that were set, and what its refusals teach.
+
+Set limits become even spacing (a "virtual scheduling" leaky bucket, ITU-T I.371). A provider
+that refuses calls without a limit having been set is paced at the rate at which it was seen to
+accept, then cautiously faster. All times are of the monotonic clock, in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+IDLE = 1.0
+"""Seconds without a call after which a new burst begins: how fast it goes is counted from there."""
+
+FIRST_HOLD, LONGEST_HOLD = 5.0, 80.0
+"""Seconds that a learned pace is kept before a faster one is tried; doubled when that was refused."""
+
+FASTER, SLOWER = 1.05, 0.95
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds to leave a provider alone that refuses without saying for how long; doubled each time."""
+
+STALE = 24 * 3600.0
+"""A shared time further ahead than this is left over from before the machine was started."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RateLimit:
+    """What a provider, or one of its models, may be asked at a time. None is unlimited."""
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    """Input and output; until a reply tells, a call counts as its prompt's estimated length."""
+    concurrency: int | None = None
+    """Calls in flight."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{field.name}={value}: a limit is greater than 0")
+
+
+class Times(Protocol):
+    """Three moments: the next request, the next token, and the end of a pause."""
+
+    def held(self) -> contextlib.AbstractContextManager[list[float]]:
+        """The moments, to read and to change, while nobody else does."""
+
+
+class OwnTimes:
+    """Times of one process."""
+
+    def __init__(self) -> None:
+        self._values = [0.0, 0.0, 0.0]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[float]]:
+        yield self._values
+
+
+class SharedTimes:
+    """Times that processes of one machine share, in a file of a folder they all name."""
+
+    _layout = struct.Struct("=3d")
+
+    def __init__(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.pace"
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - lives as long as this
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[float]]:
+        descriptor = self._file.fileno()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            data = os.pread(descriptor, self._layout.size, 0)
+            values = [*self._layout.unpack(data)] if len(data) == self._layout.size else [0.0, 0.0, 0.0]
+            yield values
+            os.ftruncate(descriptor, 0)  # the file is open for appending: only so is it overwritten
+            os.write(descriptor, self._layout.pack(*values))
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+class Pace:
+    """When the next call may go."""
+
+    def __init__(self, limit: RateLimit, times: Times | None = None) -> None:
+        self._request_gap = 60.0 / limit.requests_per_minute if limit.requests_per_minute else 0.0
+        self._token_gap = 60.0 / limit.tokens_per_minute if limit.tokens_per_minute else 0.0
+        self._is_shared = times is not None
+        self._times = times or OwnTimes()
+        self._learned_gap = 0.0
+        self._paused = False
+        # of the present burst, and of the pause that may end it
+        self._began = self._last = 0.0
+        self._sent = self._refused = 0
+        self._hold, self._faster_at = FIRST_HOLD, 0.0
+        self._pause = FIRST_PAUSE
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it matters how long a call is."""
+        return self._token_gap > 0
+
+    @property
+    def is_free(self) -> bool:
+        """Whether calls go as they come."""
+        return not (
+            self._paused or self._request_gap or self._token_gap or self._learned_gap or self._is_shared
+        )
+
+    def wait(self, now: float) -> float:
+        """Seconds until a call may go; 0 when it may go now."""
+        with self._times.held() as times:
+            ahead = max(times) - now
+            if ahead > STALE:
+                times[:] = [0.0, 0.0, 0.0]
+            return ahead if 0 < ahead <= STALE else 0.0
+
+    def take(self, now: float, tokens: int = 0) -> None:
+        """A call goes out."""
+        if self._paused:
+            self._learn(now)
+        elif now - self._last > IDLE:
+            self._began, self._sent, self._refused = now, 0, 0
+        self._speed_up(now)
+        self._sent += 1
+        self._last = now
+        if self.is_free:
+            return
+        gap = max(self._request_gap, self._learned_gap)
+        with self._times.held() as times:
+            # one gap in arrears: a timer that fires late must not slow the whole down
+            times[0] = max(times[0], now - gap) + gap
+            times[1] = max(times[1], now) + tokens * self._token_gap
+
+    def correct(self, tokens: int) -> None:
+        """A reply tells by how many tokens the estimate was wrong."""
+        if self._token_gap and tokens:
+            with self._times.held() as times:
+                times[1] += tokens * self._token_gap
+
+    def refused(self, now: float, sent_at: float, retry_after: float | None) -> None:
+        """A call was refused: leave the provider alone for a while."""
+        if sent_at >= self._began:  # an earlier one says nothing about the present pace
+            self._refused += 1
+        pause = self._pause if retry_after is None else retry_after
+        self._paused = True
+        with self._times.held() as times:
+            times[2] = max(times[2], now + pause)
+
+    def _learn(self, now: float) -> None:
+        """After a pause: from how many calls of the burst were accepted, the pace to go on at."""
+        accepted = self._sent - self._refused
+        if self._learned_gap and self._refused <= self._sent / 2:
+            self._learned_gap /= SLOWER
+            self._hold = min(self._hold * 2, LONGEST_HOLD)
+        else:
+            observed = (now - self._began) / max(accepted, 1)
+            self._learned_gap = max(observed, self._learned_gap)
+        self._pause = FIRST_PAUSE if accepted > 0 else min(self._pause * 2, LONGEST_PAUSE)
+        self._paused = False
+        self._began, self._sent, self._refused = now, 0, 0
+        self._faster_at = now + self._hold
+
+    def _speed_up(self, now: float) -> None:
+        if self._learned_gap and now >= self._faster_at:
+            self._learned_gap /= FASTER
+            self._faster_at = now + self._hold
