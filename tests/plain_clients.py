@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import io
 import json
 import math
 import re
@@ -84,9 +85,9 @@ class PlainLM(BaseLM):
                     yield response
 
     def post(self, body: Data) -> Any:
-        return self.opened().post(
-            self._url, json=body, headers=self.headers(self._secret()), allow_redirects=False
-        )
+        headers = {**self.headers(self._secret()), "Content-Type": "application/json"}
+        data = io.BytesIO(json.dumps(body).encode())  # aiohttp warns of bytes, if they are many
+        return self.opened().post(self._url, data=data, headers=headers, allow_redirects=False)
 
     def opened(self) -> aiohttp.ClientSession:
         if self.session is None:

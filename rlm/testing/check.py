@@ -103,7 +103,7 @@ class _Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         result = self.results[report.nodeid]
         result.seconds = round(result.seconds + report.duration, 3)
-        if report.failed:
+        if report.failed and result.outcome != "failed":  # what fails afterwards often does because of that
             result.outcome, result.reason = "failed", _last_line(report)
         elif report.skipped and hasattr(report, "wasxfail"):
             result.outcome, result.reason = "known failure", report.wasxfail.removeprefix("reason: ")
