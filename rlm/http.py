@@ -7,6 +7,8 @@ and what its replies look like. aiohttp is imported when the first call is made.
 from __future__ import annotations
 
 import asyncio
+import io
+import math
 import os
 import re
 import time
@@ -52,6 +54,9 @@ KEEP_ALIVE = 15.0
 """Seconds a connection is kept for the next call."""
 
 READ_BUFFER = 256 * 1024
+
+LARGE_BODY = 1024 * 1024
+"""Bytes of a request above which it is sent in parts."""
 
 
 class Assembler(Protocol):
@@ -144,7 +149,7 @@ class Endpoint:
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
         try:
             async with self._opened().request(
-                method, url, data=data, allow_redirects=False, timeout=limit
+                method, url, data=_sent_as(data), allow_redirects=False, timeout=limit
             ) as response:
                 if not 200 <= response.status < 300:
                     raise failure(response.status, response.headers, await _read(response), self.hide)
@@ -440,7 +445,8 @@ def _retry_after(headers: Mapping[str, str], body: bytes) -> float | None:
     """Seconds until another attempt is welcome (RFC 9110, section 10.2.3, and what providers add)."""
     try:
         if "retry-after-ms" in headers:
-            return max(float(headers["retry-after-ms"]) / 1000, 0.0)
+            milliseconds = float(headers["retry-after-ms"])
+            return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else None
         if "retry-after" in headers:
             return _seconds(headers["retry-after"])
     except ValueError:
@@ -469,6 +475,11 @@ def _seconds(retry_after: str) -> float:
 
 
 # -- small things
+
+
+def _sent_as(data: bytes | None) -> bytes | io.BytesIO | None:
+    """A body as aiohttp wants it: it warns of large ones that it cannot send part by part."""
+    return io.BytesIO(data) if data is not None and len(data) > LARGE_BODY else data
 
 
 async def _read(response: ClientResponse) -> bytes:
