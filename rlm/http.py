@@ -244,7 +244,7 @@ class Shapes:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
-            shown = self._hide(_clip(self._data.decode("utf-8", "replace")))
+            shown = _clip(self._hide(self._data[: 20 * MAX_SHOWN].decode("utf-8", "replace")))
             raise ProtocolError(
                 f"the reply is not in the provider's protocol: {error}; it begins {shown!r}"
             ) from None
@@ -355,7 +355,7 @@ def failure(
 ) -> ModelError:
     """The ModelError that an unsuccessful response stands for. ``hide`` takes keys out of its text."""
     told = _told(body)
-    text = hide(_clip(told.message)) or "no reason given"
+    text = _clip(hide(told.message)) or "no reason given"
     if 300 <= status < 400:
         text = f"the address answers with a redirect to {headers.get('location')!r}: use that as base_url"
     details: dict[str, Any] = {

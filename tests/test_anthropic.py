@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from rlm_anthropic import AnthropicLM
 
 from rlm.testing import ClientSuite
 from rlm.testing.clients import Connect
+from rlm_anthropic import AnthropicLM
 
 
 class TestAnthropicSuite(ClientSuite):
