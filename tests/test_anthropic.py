@@ -23,7 +23,6 @@ from rlm.errors import (
     ProtocolError,
     QuotaExceeded,
     RateLimited,
-    Timeout,
     Unavailable,
 )
 from rlm.testing import ClientSuite
@@ -458,11 +457,6 @@ async def test_a_count_is_of_what_the_model_reads_only(server: ModelServer, clie
     assert (server.requests, server.asides) == (0, 1)
 
 
-async def test_a_count_that_does_not_come_in_time_is_a_timeout(client: AnthropicLM) -> None:
-    with pytest.raises(Timeout):
-        await client.count(ask(timeout=0.000001))
-
-
 # -- a real server
 
 
@@ -494,6 +488,14 @@ async def test_llama_cpp_ends_at_max_tokens_and_it_shows(local: AnthropicLM) -> 
     replies += [(await streamed(local, fresh(max_tokens=3)))[1] for _ in range(3)]
     cut = [reply.usage.output_tokens for reply in replies if reply.finish == "length"]
     assert cut == [3] * len(cut) != []
+
+
+async def test_calls_after_a_stream_are_answered_although_llama_cpp_closes_its_connection(
+    local: AnthropicLM,
+) -> None:
+    for _ in range(5):
+        await streamed(local, fresh(max_tokens=1))
+        await reply_to(local, fresh(max_tokens=1))
 
 
 async def test_what_llama_cpp_has_read_before_is_cached_input(local: AnthropicLM) -> None:
