@@ -14,6 +14,7 @@ import os
 import re
 import time
 import urllib.parse
+import weakref
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from . import jsontext, secrets
+from . import hostloop, jsontext, secrets
 from .client import BaseLM, Reply, Request
 from .errors import (
     AuthError,
@@ -157,6 +158,7 @@ class Endpoint:
         """Close every connection. Safe to call twice."""
         session, self._session = self._session, None
         if session is not None:
+            self._finalizer.detach()
             await session.close()
 
     @asynccontextmanager
@@ -238,6 +240,8 @@ class Endpoint:
                 proxy=_proxy_for(self.base_url),
             )
             self._loop = loop
+            # nobody has to close a client that was given to an RLM, and is not given up
+            self._finalizer = weakref.finalize(self, hostloop.run_at_end, self._session.close)
         elif self._loop is not loop:
             raise RuntimeError("a client belongs to the event loop of its first call; make another one")
         return self._session

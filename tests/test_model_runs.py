@@ -164,9 +164,10 @@ def test_a_planted_key_is_found_nowhere(
             RLM(backend="openai", backend_kwargs={"model_name": "m"}, sampling_args={"x": 1}).completion(
                 "c", "q"
             )
+    events = [*result.trace, *(caught.value.trace or ())]
     everything = [
-        *shown, *lines, *result.value, trace.read_text(), record.read_text(), str(caught.value), repr(caught.value),
-        *(str(event) for event in result.trace), *(str(event) for event in caught.value.trace or ()), caplog.text,
+        *shown, *lines, *result.value, *map(str, events), trace.read_text(), record.read_text(),
+        str(caught.value), repr(caught.value), caplog.text,
     ]  # fmt: skip
     assert any(isinstance(event, ModelRetried) and "who is" in event.error for event in result.trace)
     assert len(lines) > 2
