@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import io
 import math
+import os
 import re
 import time
 import urllib.parse
 import weakref
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,7 +41,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession
+    from aiohttp import ClientResponse, ClientSession, ClientTimeout
 
 MAX_REPLY = 64 * 1024 * 1024
 """Bytes of a reply that are read: what a server says must not fill the host's memory."""
@@ -54,6 +56,18 @@ KEEP_ALIVE = 15.0
 """Seconds a connection is kept for the next call."""
 
 READ_BUFFER = 256 * 1024
+
+STALE = 3
+"""How many connections are taken, one after the other, until one can be written to."""
+
+UNWRITABLE = "Cannot write to closing transport"
+"""What aiohttp says before it writes to a connection that is closed; afterwards it says otherwise."""
+
+LINGER = 0.02
+"""Seconds, after the first stream of all, in which a server is watched for whether it hangs up."""
+
+LARGE_BODY = 1024 * 1024
+"""Bytes of a request above which it is sent in parts."""
 
 
 class Assembler(Protocol):
@@ -102,6 +116,8 @@ class Endpoint:
         self._secrets |= {secret.removeprefix("Bearer ") for secret in self._secrets}
         self._session: ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._hangs_up: bool | None = None
+        """Whether the server closes connections after a stream without saying so, as llama.cpp's does."""
 
     def __repr__(self) -> str:
         return f"Endpoint({self.hide(self.base_url)!r})"
@@ -123,13 +139,18 @@ class Endpoint:
     async def events(self, path: str, body: Mapping[str, Any], timeout: float | None) -> AsyncIterator[bytes]:
         """The data of each server-sent event of a successful response."""
         parser = EventParser()
-        async with self._exchange("POST", path, jsontext.encode(body), timeout) as response:
+        headers = {"Connection": "close"} if self._hangs_up else {}
+        async with self._exchange("POST", path, jsontext.encode(body), timeout, headers) as response:
+            transport = response.connection.transport if response.connection is not None else None
             if response.content_type == "application/json":  # a server that does not stream after all
                 yield await _read(response)
                 return
             async for chunk in response.content.iter_any():
                 for data in parser.feed(chunk):
                     yield data
+            if self._hangs_up is None and transport is not None:
+                await asyncio.sleep(LINGER)
+                self._hangs_up = transport.is_closing()
 
     def warm(self) -> None:
         """Begin to import aiohttp, a quarter of a second of work, while something else goes on."""
@@ -144,7 +165,12 @@ class Endpoint:
 
     @asynccontextmanager
     async def _exchange(
-        self, method: str, path: str, data: bytes | None, timeout: float | None
+        self,
+        method: str,
+        path: str,
+        data: bytes | None,
+        timeout: float | None,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[ClientResponse]:
         """A response whose status is a success; whatever goes wrong in the block becomes a ModelError."""
         import aiohttp
@@ -152,9 +178,7 @@ class Endpoint:
         url = f"{self.base_url}{path}{self._query}"
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
         try:
-            async with self._opened().request(
-                method, url, data=data, allow_redirects=False, timeout=limit
-            ) as response:
+            async with await self._asked(method, url, data, headers, limit) as response:
                 if not 200 <= response.status < 300:
                     raise failure(response.status, response.headers, await _read(response), self.hide)
                 yield response
@@ -170,6 +194,36 @@ class Endpoint:
             raise Unavailable(self.hide(f"the connection to {url} broke: {error}")) from None
         except (aiohttp.ClientError, ValueError) as error:
             raise ProtocolError(self.hide(f"no HTTP response from {url}: {_words(error)}")) from None
+
+    async def _asked(
+        self,
+        method: str,
+        url: str,
+        data: bytes | None,
+        headers: Mapping[str, str] | None,
+        limit: ClientTimeout,
+    ) -> ClientResponse:
+        """A response, over another connection where the server had closed the one that was kept for this.
+
+        Servers may at any time, and llama.cpp's do after each stream. They have not had the request
+        then, or not to its end, so that this is no second attempt.
+        """
+        import aiohttp
+
+        for attempt in range(1, STALE + 1):
+            try:
+                return await self._opened().request(
+                    method,
+                    url,
+                    data=_sent_as(data),
+                    headers=headers,
+                    allow_redirects=False,
+                    timeout=limit,
+                )
+            except aiohttp.ClientOSError as error:
+                if attempt == STALE or not str(error.__cause__).startswith(UNWRITABLE):
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
     def _opened(self) -> ClientSession:
         loop = asyncio.get_running_loop()
@@ -254,7 +308,7 @@ class Shapes:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
-            shown = self._hide(_clip(self._data.decode("utf-8", "replace")))
+            shown = _clip(self._hide(self._data[: 20 * MAX_SHOWN].decode("utf-8", "replace")))
             raise ProtocolError(
                 f"the reply is not in the provider's protocol: {error}; it begins {shown!r}"
             ) from None
@@ -292,6 +346,37 @@ class EventParser:
         return data
 
 
+# -- keys
+
+
+def find_key(
+    given: str | secrets.SecretText | None, variables: Sequence[str], url: str, chosen: bool
+) -> str | None:
+    """The key that is given, else that of the first of these environment variables that is set.
+
+    A key of the environment was meant for the address of the environment, or for the provider's
+    own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
+    """
+    if given is not None:
+        return secrets.reveal(given)
+    return None if chosen and url.startswith("http://") else first_set(variables)
+
+
+def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
+    """The error for a key that is nowhere, with the ways to go on, also those without any key."""
+    return AuthError(
+        f"{provider} needs a key: set {' or '.join(variables)}, or give api_key=. Without one: a server "
+        "of your own (base_url='http://...'), a recording (backend='replay'), or a script "
+        "(backend='scripted', no model at all).",
+        sent=False,
+    )
+
+
+def first_set(variables: Sequence[str]) -> str | None:
+    """The first of these environment variables that is set to something."""
+    return next((value for name in variables if (value := os.environ.get(name))), None)
+
+
 # -- what a response says when it is no success
 
 
@@ -307,7 +392,7 @@ _QUOTA = re.compile(
     re.IGNORECASE,
 )
 _OVERFLOW = re.compile(
-    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size)"
+    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size|limit)"
     r"|prompt is too long|input is too long|input token count .* exceeds|too many (input )?tokens"
     r"|reduce the length",
     re.IGNORECASE,
@@ -318,7 +403,8 @@ _BAD_KEY = re.compile(
     r"invalid_api_key|authentication_error|api key not valid|permission_error", re.IGNORECASE
 )
 _WINDOW = re.compile(
-    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|n_ctx\D{1,4}(\d+)|context size \((\d+)",
+    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|context limit: \d+ \+ \d+ > (\d+)"
+    r"|n_ctx\D{1,4}(\d+)|context size \((\d+)",
     re.IGNORECASE,
 )
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
@@ -333,7 +419,7 @@ def failure(
 ) -> ModelError:
     """The ModelError that an unsuccessful response stands for. ``hide`` takes keys out of its text."""
     told = _told(body)
-    text = hide(_clip(told.message)) or "no reason given"
+    text = _clip(hide(told.message)) or "no reason given"
     if 300 <= status < 400:
         text = f"the address answers with a redirect to {headers.get('location')!r}: use that as base_url"
     details: dict[str, Any] = {
@@ -381,6 +467,9 @@ _STATUS_OF_TYPE = {
     "authentication_error": 401,
     "permission_error": 403,
     "not_found_error": 404,
+    "billing_error": 402,
+    "request_too_large": 413,
+    "timeout_error": 504,
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
     "overloaded_error": 529,
@@ -450,6 +539,11 @@ def _seconds(retry_after: str) -> float:
 
 
 # -- small things
+
+
+def _sent_as(data: bytes | None) -> bytes | io.BytesIO | None:
+    """A body as aiohttp wants it: it warns of large ones that it cannot send part by part."""
+    return io.BytesIO(data) if data is not None and len(data) > LARGE_BODY else data
 
 
 async def _read(response: ClientResponse) -> bytes:
