@@ -28,12 +28,14 @@ class Backends:
         sub: Gate | None = None,
         *,
         keys: frozenset[str] = frozenset(),
+        recorder: Recorder | None = None,
         sampling: Mapping[str, Any] | None = None,
         sub_sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.gates = list(gates)
         self._sub = sub or (self.gates[0] if self.gates else None)
         self._keys = keys
+        self._recorder = recorder
         self._sampling = _fields(sampling or {})
         self._sub_sampling = self._sampling if sub_sampling is None else _fields(sub_sampling)
 
@@ -80,21 +82,20 @@ class Backends:
 
     async def prepare(self) -> list[str]:
         """Ready every client. Returns what they have to say to the user."""
-        notes = [await client.prepare() for client in self._clients()]
+        notes = [await gate.client.prepare() for gate in self.gates]
         return [self.hide(note) for note in notes if note]
 
-    async def aclose(self, *, but: Sequence[Any] = ()) -> None:
-        """Close every client, except those in ``but``. Safe to call twice."""
-        for client in self._clients():
-            if not any(client is kept for kept in but):
-                await client.aclose()
+    async def aclose(self) -> None:
+        """Close what was made for these, and not what was given. Safe to call twice."""
+        for gate in self.gates:
+            if gate.owned:
+                await gate.client.aclose()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def hide(self, text: str) -> str:
         """A text without keys: those in the settings, and those in the environment."""
         return secrets.hide(text, self._keys | secrets.in_environment())
-
-    def _clients(self) -> list[BaseLM]:
-        return list({id(gate.client): gate.client for gate in self.gates}.values())
 
 
 def connect(config: Config) -> Backends:
@@ -118,11 +119,13 @@ def connect(config: Config) -> Backends:
         if recorder is not None:
             client = recorder.record(client)
         pool_for = functools.partial(pools.of, name)
-        gates.append(Gate(client, name, policy=policy, pool_for=pool_for, prices=config.prices))
+        owned = not isinstance(backend, BaseLM)
+        gates.append(Gate(client, name, owned=owned, policy=policy, pool_for=pool_for, prices=config.prices))
     return Backends(
         gates,
         sub=gates[1] if len(gates) > 1 else None,  # without a sub_backend the first of the others, as in rlms
         keys=frozenset(secrets.find([kwargs for _, kwargs in wanted])),
+        recorder=recorder,
         sampling=config.sampling_args,
         sub_sampling=config.sub_sampling_args,
     )

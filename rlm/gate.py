@@ -197,12 +197,15 @@ class Gate:
         client: BaseLM,
         name: str = "",
         *,
+        owned: bool = True,
         policy: Policy | None = None,
         pool_for: Callable[[str, str], Sequence[Pool]] | None = None,
         prices: dict[str, Price] | None = None,
     ) -> None:
         self.client = client
         self.name = name or type(client).__name__
+        self.owned = owned
+        """Whether the client is closed with the gate; one that was given is closed by who gave it."""
         self.policy = policy or Policy()
         self._own_pool = (Pool(self.name),)
         self._pool_for = pool_for or (lambda provider, model: self._own_pool)

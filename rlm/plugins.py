@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.metadata
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import BrokenPlugin, ConfigError, PluginConflict, UnknownPlugin
+
+if TYPE_CHECKING:  # it is slow to import, and needed for names only
+    import importlib.metadata
 
 Group = Literal["rlm.environments", "rlm.clients", "rlm.commands"]
 
@@ -43,6 +45,8 @@ class Plugin:
 
 def installed(group: Group) -> list[Plugin]:
     """Every entry point of a group, by name. Nothing is imported."""
+    import importlib.metadata
+
     found = {
         (point.name, point.value, _owner(point)): point
         for point in importlib.metadata.entry_points(group=group)
@@ -88,6 +92,8 @@ def construct(kind: Any, settings: Mapping[str, Any], what: str) -> Any:
 
 
 def _where_to_get(name: str, word: str) -> str:
+    import importlib.metadata
+
     try:
         extras = importlib.metadata.metadata("rlm").get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:

@@ -60,7 +60,7 @@ class Recorded(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.request.model or "unknown"
 
 
-def decisive(request: Request, model: str) -> Request:
+def decisive(request: Request, model: str | None) -> Request:
     """A request as it is recorded and compared: what decides the reply, and no secret."""
     return Request(
         request.messages,
@@ -74,9 +74,10 @@ def decisive(request: Request, model: str) -> Request:
     )
 
 
-def request_key(request: Request, model: str) -> str:
+def request_key(request: Request, model: str | None) -> str:
     """A name for what is asked: equal for requests to which a model would say the same.
 
+    Without a ``model``: of any model.
     It is the same in every process and release, so only what is set counts. Lone surrogates
     count as the replacement characters that are sent for them. A secret in ``extra`` counts
     as any other secret: a recording does not depend on whose key it was made with.

@@ -121,11 +121,7 @@ class RLM:
         backends, self._backends = self._backends, None
         if backends is not None:
             self._finalizer.detach()
-            hostloop.run(backends.aclose(but=self._yours()))
-
-    def _yours(self) -> list[Any]:
-        """Clients that were given, and are closed by whoever gave them."""
-        return [self.config.backend, self.config.sub_backend, *self.config.other_backends]
+            hostloop.run(backends.aclose())
 
     def __repr__(self) -> str:
         return f"RLM({', '.join(f'{name}={value!r}' for name, value in self.config.shown())})"
@@ -202,13 +198,8 @@ class RLM:
         """The clients, made on first use, on the core's loop; and what they have to say."""
         if self._backends is None:
             self._backends = connect(self.config)
-            self._finalizer = weakref.finalize(self, _release, self._backends, self._yours())
+            self._finalizer = weakref.finalize(self, hostloop.run_at_end, self._backends.aclose)
         return self._backends, await self._backends.prepare()
-
-
-def _release(backends: Backends, yours: list[Any]) -> None:
-    """What `RLM.close` would have done: at the end of the process, or when nothing refers to the RLM."""
-    hostloop.run_at_end(lambda: backends.aclose(but=yours))
 
 
 class REPL:

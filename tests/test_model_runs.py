@@ -159,7 +159,7 @@ def test_a_planted_key_is_found_nowhere(
         with rlm:
             result = rlm.completion("a context", "the question about the context")
             shown = [repr(rlm), repr(rlm.config), str(rlm.config), repr(vars(rlm)), repr(result)]
-        server.reply = Behaviour(status=401, message=f"the key {KEY} is wrong, so is {other}")
+        server.reply = Behaviour(status=401, message=f"the key {KEY} is wrong")
         with pytest.raises(AuthError) as caught:
             RLM(backend="openai", backend_kwargs={"model_name": "m"}, sampling_args={"x": 1}).completion(
                 "c", "q"

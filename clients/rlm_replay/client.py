@@ -22,9 +22,9 @@ class ReplayLM(BaseLM):
     """Serves the replies of a recording, each to the request that it was a reply to.
 
     A request that was recorded several times gets its replies in their order, and then the
-    last one again. ``model_name`` is the model that was asked first in the recording unless
-    another one is given; a request may name any. What was not recorded is a ReplayMiss, which
-    says what comes nearest to it.
+    last one again. A request that names no model gets the reply of whichever was recorded, so
+    that one ReplayLM stands in for all the models of a run; unless ``model_name`` names one.
+    What was not recorded is a ReplayMiss, which says what comes nearest to it.
     """
 
     simulated = True
@@ -33,9 +33,11 @@ class ReplayLM(BaseLM):
         self._path = Path(path)
         self._recorded = recording.load(self._path)
         self.model_name = model_name or self._recorded[0].model
+        self._model = model_name
         self._replies: dict[str, list[Reply]] = defaultdict(list)
         for recorded in self._recorded:
             self._replies[recorded.key].append(recorded.reply)
+            self._replies[recording.request_key(recorded.request, None)].append(recorded.reply)
         self._served: dict[str, int] = defaultdict(int)
         self._misses = 0
 
@@ -51,11 +53,11 @@ class ReplayLM(BaseLM):
         return f"replaying {count:,} recorded {replies} of {models} from {self._path}, recorded {first}"
 
     async def complete(self, request: Request) -> Reply:
-        model = request.model or self.model_name
+        model = request.model or self._model
         key = recording.request_key(request, model)
         replies = self._replies.get(key)
         if replies is None:
-            raise await self._miss(recording.decisive(request, model))
+            raise await self._miss(recording.decisive(request, model or self.model_name))
         turn = self._served[key]
         self._served[key] += 1
         return _free(replies[min(turn, len(replies) - 1)])
