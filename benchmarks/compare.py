@@ -57,8 +57,8 @@ class Figure:
     label: str
     target: Target | None = None
     higher_is_better: bool = False
-    #: A second target; the stricter of the two counts.
-    also: Target | None = None
+    #: Further targets; the strictest of all counts.
+    also: Sequence[Target] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Suite:
     suffix: str = ""
     #: Whether the floor's figures go by the names of ours, and get a column.
     shows_floor: bool = False
+    #: Peers that need no environment of their own.
+    at_home: Sequence[str] = ()
 
 
 def own(factor: float, probe: str, value: str) -> Target:
@@ -168,7 +170,8 @@ def command_of(suite: Suite, side: str, probe: str) -> list[str | Path]:
     elif side == FLOOR:
         script, python, probe = HERE / name, Path(sys.executable), suite.floors[probe]
     else:
-        script, python = HERE / "peers" / name, interpreter(BENCH / "venvs" / side)
+        own = Path(sys.executable) if side in suite.at_home else interpreter(BENCH / "venvs" / side)
+        script, python = HERE / "peers" / name, own
     for needed in (script, python):
         if not needed.exists():
             hint = "" if side in (OURS, FLOOR) else ": run setup_peers.py"
@@ -237,8 +240,8 @@ def worth(target: Target, results: Results) -> float | None:
 
 
 def target_of(figure: Figure, results: Results) -> float | None:
-    """The stricter of its targets, of those whose reference was taken."""
-    targets = [worth(target, results) for target in (figure.target, figure.also) if target is not None]
+    """The strictest of its targets, of those whose reference was taken."""
+    targets = [worth(target, results) for target in (figure.target, *figure.also) if target is not None]
     known = [target for target in targets if target is not None]
     if not known:
         return None
@@ -345,7 +348,13 @@ def chosen(parser: argparse.ArgumentParser, names: Sequence[str], known: Sequenc
     return list(names or known)
 
 
-def main(suite: Suite = LOCAL, description: str | None = __doc__, argv: Sequence[str] | None = None) -> None:
+def main(
+    suite: Suite = LOCAL,
+    description: str | None = __doc__,
+    argv: Sequence[str] | None = None,
+    fixed: Sequence[str] = (),
+) -> None:
+    """Compare, and print the table. ``fixed`` is handed to every probe, and is no size."""
     mine, options = split(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -359,7 +368,7 @@ def main(suite: Suite = LOCAL, description: str | None = __doc__, argv: Sequence
     probes = chosen(parser, arguments.probes, suite.probes)
     peers = chosen(parser, arguments.peer, suite.peers)
     sizes = [*suite.quick, *options] if arguments.quick else options
-    results = run(suite, probes, peers, arguments.rounds, sizes)
+    results = run(suite, probes, peers, arguments.rounds, [*sizes, *fixed])
     if arguments.json:
         arguments.json.write_text("".join(json.dumps(line) + "\n" for line in results.lines))
     show_all(suite, probes, peers, results)

@@ -33,19 +33,26 @@ class Peer:
     name: str
     distribution: str
     version: str
+    extra: str = ""
     # Declares a newer Python than it needs: installed without that check, so that every peer is
     # measured on one interpreter version. Its dependencies are still resolved normally.
     ignore_requires_python: bool = False
 
     @property
     def pin(self) -> str:
-        return f"{self.distribution}=={self.version}"
+        extra = f"[{self.extra}]" if self.extra else ""
+        return f"{self.distribution}{extra}=={self.version}"
 
 
 PEERS = (
     Peer("rlms", "rlms", "0.1.3"),
     Peer("recursive_llm", "recursive-llm", "0.5.0"),
     Peer("pyrlm", "pyrlm-runtime", "0.4.1", ignore_requires_python=True),
+)
+# Only for `compare_clients.py`, and only installed when named: one of them is 250 MB.
+CLIENTS = (
+    Peer("openai", "openai", "3.54.0", extra="aiohttp"),
+    Peer("litellm", "litellm", "1.106.2"),  # The version of requirements.lock.
 )
 
 
@@ -120,16 +127,16 @@ def set_up(peer: Peer, venvs: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="only these peers (default: all)")
+    parser.add_argument("names", nargs="*", help="only these; clients too (default: all frameworks)")
     names = parser.parse_args(argv).names
-    unknown = set(names) - {peer.name for peer in PEERS}
+    unknown = set(names) - {peer.name for peer in (*PEERS, *CLIENTS)}
     if unknown:
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
     BENCH.mkdir(exist_ok=True)
     (BENCH / ".gitignore").write_text("*\n")
     failed = 0
-    for peer in PEERS:
-        if names and peer.name not in names:
+    for peer in (*PEERS, *CLIENTS):
+        if peer.name not in names and (names or peer in CLIENTS):
             continue
         try:
             print(f"{peer.pin}: {set_up(peer, BENCH / 'venvs')}", flush=True)

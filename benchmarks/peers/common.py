@@ -57,10 +57,12 @@ class Options:
     long: int = option(1000, "iterations of the long run of `cell`")
     variables: int = option(1000, "variables of the crowded namespace of `cell`")
     context_mb: int = option(100, "size of the large context")
-    prompts: int = option(10_000, "prompts of `batch`, sleeps of `pool`")
+    prompts: int = option(10_000, "prompts of `batch` and `fanout`, sleeps of `pool`")
     threads: int = option(64, "threads of `threads`")
     runs: int = option(200, "runs at once of `concurrent`")
     sandboxes: int = option(50, "sandboxes up at once of `fifty` (Docker)")
+    url: str = option("", "the model server of `fanout` and `first`")
+    seconds: float = option(20.0, "seconds after which a slow side of `fanout` makes no further call")
     timeout: float = option(0.0, "seconds for the whole probe; 0: the probe's own limit")
 
     def count(self, default: int) -> int:
