@@ -7,7 +7,17 @@ import pytest
 
 from rlm.client import Message, Reply, Request, Usage
 from rlm.errors import ConfigError, ModelError, ScriptExhausted
+from rlm.testing import ClientSuite
+from rlm.testing.clients import Connect
 from rlm_scripted import ScriptedLM
+
+
+class TestContract(ClientSuite):
+    """What every client promises."""
+
+    @pytest.fixture
+    def connect(self) -> Connect:
+        return lambda url, key: ScriptedLM(lambda messages: f"re: {messages[-1].content}", latency=0.01)
 
 
 async def ask(client: ScriptedLM, *texts: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import broken_environments as broken
 import pytest
+from catching import assert_caught
 
 from rlm.environment import BaseEnv
 from rlm.testing import EnvironmentSuite, sessions
@@ -82,10 +83,7 @@ def test_an_environment_that_breaks_a_promise_is_caught(
         pytest.skip("this user has no privileges that a cell could be left with")
     if "interface" in test and not own_addresses():
         pytest.skip("this machine has no interface but loopback")
-    results = run(LocalSuite, environment(), names=[test])
-    failed = [result for result in results if result.outcome == "failed"]
-    assert failed, [f"{result.outcome} {result.reason}" for result in results]
-    assert any(because in f"{result.name}: {result.reason}" for result in failed), failed
+    assert_caught(LocalSuite, environment(), test, because)
 
 
 def test_an_environment_that_keeps_its_promises_passes_the_same_tests(

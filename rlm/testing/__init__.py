@@ -1,7 +1,7 @@
-"""What an environment package tests itself with: needs ``pip install rlm[testing]``.
+"""What a plugin's package tests itself with: needs ``pip install rlm[testing]``.
 
-`EnvironmentSuite` is everything that an environment promises, as tests that a package
-inherits. Its levels may be used one by one. See docs/conformance.md.
+`EnvironmentSuite` is everything that an environment promises, `ClientSuite` everything that a
+client does, as tests that a package inherits. See docs/conformance.md.
 """
 
 # ruff: noqa: E402 (what is imported below has its assertions rewritten, when that was said before)
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import pytest
 
-for _module in ("contract", "calls", "robustness", "isolation", "hygiene", "protocol"):
+for _module in ("contract", "calls", "robustness", "isolation", "hygiene", "protocol", "clients"):
     pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
 from .calls import Calls
+from .clients import ClientSuite
 from .contract import Contract
 from .hygiene import Hygiene
 from .isolation import IsolationLevel
@@ -32,6 +33,7 @@ __all__ = [
     "CONTRACT_VERSION",
     "Calls",
     "Cells",
+    "ClientSuite",
     "Contract",
     "EnvironmentSuite",
     "Hygiene",

@@ -17,6 +17,7 @@ from ..environment import BaseEnv
 from ..errors import ConfigError
 from ..rlm import environment_factory, open_repl
 from . import collected
+from .base import PluginSuite
 from .suite import CONTRACT_VERSION, Suite
 
 LEVELS = ("contract", "robustness", "isolation", "hygiene", "protocol")
@@ -38,22 +39,23 @@ class TestResult:
 
 
 def run(
-    suite: type[Suite],
-    pattern: BaseEnv,
+    suite: type[PluginSuite],
+    subject: Any,
     *,
     levels: Collection[str] = (),
     names: Collection[str] = (),
     on_result: Callable[[TestResult], None] = lambda result: None,
 ) -> list[TestResult]:
-    """Run a suite against an environment in this process. Without ``levels`` and ``names``: all of it."""
+    """Run a suite in this process, its one fixture giving ``subject``.
 
-    class TestEnvironment(suite):  # type: ignore[misc, valid-type]
-        @pytest.fixture
-        def environment(self) -> BaseEnv:
-            return pattern
+    Without ``levels`` and ``names``: all of it.
+    """
+
+    def given(self: PluginSuite) -> Any:
+        return subject
 
     collector = _Collector(levels, names, on_result)
-    collected.TestEnvironment = TestEnvironment
+    collected.TestPlugin = type("TestPlugin", (suite,), {suite.subject: pytest.fixture(given)})
     try:
         with tempfile.TemporaryDirectory(prefix="rlm-check-") as folder:
             configuration = Path(folder, "pytest.ini")
@@ -65,7 +67,7 @@ def run(
             ]  # fmt: skip
             code = pytest.main(arguments, plugins=[collector])
     finally:
-        collected.TestEnvironment = None
+        collected.TestPlugin = None
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise ConfigError(f"the suite did not run: {'; '.join(collector.errors) or code}")
     return list(collector.results.values())
@@ -101,7 +103,7 @@ class _Collector:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         result = self.results[report.nodeid]
         result.seconds = round(result.seconds + report.duration, 3)
-        if report.failed:
+        if report.failed and result.outcome != "failed":  # what fails afterwards often does because of that
             result.outcome, result.reason = "failed", _last_line(report)
         elif report.skipped and hasattr(report, "wasxfail"):
             result.outcome, result.reason = "known failure", report.wasxfail.removeprefix("reason: ")

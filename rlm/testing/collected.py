@@ -1,6 +1,6 @@
-"""Where pytest finds the suite of the environment that `rlm.testing.check` checks."""
+"""Where pytest finds the suite that `rlm.testing.check` runs."""
 
 from __future__ import annotations
 
-TestEnvironment: type | None = None
+TestPlugin: type | None = None
 """Set before each check, and None after it."""

@@ -1,25 +1,16 @@
-"""What every level of the suite stands on: what an environment declares, and the fixtures.
-
-Coroutine tests run on the core's loop, as everything else of an environment does, so no
-asyncio plugin of pytest and no configuration of it is needed.
-"""
+"""What every level of an environment's suite stands on: what it declares, and the fixtures."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
-import functools
-import inspect
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -31,8 +22,8 @@ from ..events import EventBus
 from ..handler import LMHandler
 from ..ledger import Ledger, Limits
 from ..rlm import open_repl
+from .base import PluginSuite
 from .sessions import (
-    HANG,
     Cells,
     OpenCells,
     OpenSandbox,
@@ -84,35 +75,19 @@ def requires(*capabilities: str) -> Callable[[Test], Test]:
     return mark
 
 
-def _on_the_core_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        async def bounded() -> None:
-            async with asyncio.timeout(HANG - 5):
-                await test(*args, **kwargs)
-
-        hostloop.run(bounded())
-
-    return run
-
-
 async def _awaited(open_sandbox: OpenSandbox) -> Sandbox:
     return await open_sandbox()
 
 
-class Suite:
+class Suite(PluginSuite):
     """One environment's declarations, and an open session for every test that wants one."""
 
-    level: ClassVar[str] = "own"
+    subject = "environment"
 
     # -- what an environment says about itself
 
     capabilities: ClassVar[Set[str]] = frozenset(CAPABILITIES)
     """What it offers of `CAPABILITIES`."""
-
-    known_failures: ClassVar[Mapping[str, str]] = {}
-    """Tests that fail, with the reason and a link: ``"test_name"`` or ``"test_name[parameters]"``.
-    Strict: one that passes unexpectedly fails."""
 
     limits: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that impose a limit: ``"memory"`` of 256 MiB, ``"file size"`` of 1 MiB, ``"open files"`` of
@@ -163,35 +138,10 @@ class Suite:
         unknown = set(cls.capabilities) - set(CAPABILITIES)
         if unknown:
             raise TypeError(f"{cls.__name__}: no capability is called {', '.join(sorted(unknown))}")
-        stale = [name for name in cls.known_failures if not hasattr(cls, name.partition("[")[0])]
-        if stale:
-            raise TypeError(f"{cls.__name__}: known failures that are no tests: {', '.join(stale)}")
-        for name, test in list(vars(cls).items()):
-            if name.startswith("test") and inspect.iscoroutinefunction(test):
-                setattr(cls, name, _on_the_core_loop(test))
 
     @pytest.fixture(autouse=True)
-    def _declarations(self, request: pytest.FixtureRequest) -> None:
-        for name in (request.node.name, request.node.originalname):
-            if name in self.known_failures:
-                reason = self.known_failures[name]
-                request.node.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-                break
+    def _required(self, request: pytest.FixtureRequest) -> None:
         self.require(*getattr(request.function, "requires", ()))
-
-    @pytest.fixture(autouse=True)
-    def no_test_hangs(self) -> Iterator[None]:
-        """A test that would hang fails."""
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "alarm"):
-            yield
-            return
-        previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"still running after {HANG} s"))
-        signal.alarm(HANG)
-        try:
-            yield
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, previous)
 
     def require(self, *capabilities: str) -> None:
         """Go on only if the environment claims these."""
