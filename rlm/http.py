@@ -7,11 +7,14 @@ and what its replies look like. aiohttp is imported when the first call is made.
 from __future__ import annotations
 
 import asyncio
+import io
+import math
+import os
 import re
 import time
 import urllib.parse
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,6 +54,9 @@ KEEP_ALIVE = 15.0
 """Seconds a connection is kept for the next call."""
 
 READ_BUFFER = 256 * 1024
+
+LARGE_BODY = 1024 * 1024
+"""Bytes of a request above which it is sent in parts."""
 
 
 class Assembler(Protocol):
@@ -143,7 +149,7 @@ class Endpoint:
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
         try:
             async with self._opened().request(
-                method, url, data=data, allow_redirects=False, timeout=limit
+                method, url, data=_sent_as(data), allow_redirects=False, timeout=limit
             ) as response:
                 if not 200 <= response.status < 300:
                     raise failure(response.status, response.headers, await _read(response), self.hide)
@@ -276,6 +282,37 @@ class EventParser:
         return data
 
 
+# -- keys
+
+
+def find_key(
+    given: str | secrets.SecretText | None, variables: Sequence[str], url: str, chosen: bool
+) -> str | None:
+    """The key that is given, else that of the first of these environment variables that is set.
+
+    A key of the environment was meant for the address of the environment, or for the provider's
+    own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
+    """
+    if given is not None:
+        return secrets.reveal(given)
+    return None if chosen and url.startswith("http://") else first_set(variables)
+
+
+def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
+    """The error for a key that is nowhere, with the ways to go on, also those without any key."""
+    return AuthError(
+        f"{provider} needs a key: set {' or '.join(variables)}, or give api_key=. Without one: a server "
+        "of your own (base_url='http://...'), a recording (backend='replay'), or a script "
+        "(backend='scripted', no model at all).",
+        sent=False,
+    )
+
+
+def first_set(variables: Sequence[str]) -> str | None:
+    """The first of these environment variables that is set to something."""
+    return next((value for name in variables if (value := os.environ.get(name))), None)
+
+
 # -- what a response says when it is no success
 
 
@@ -291,7 +328,7 @@ _QUOTA = re.compile(
     re.IGNORECASE,
 )
 _OVERFLOW = re.compile(
-    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size)"
+    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size|limit)"
     r"|prompt is too long|input is too long|input token count .* exceeds|too many (input )?tokens"
     r"|reduce the length",
     re.IGNORECASE,
@@ -302,7 +339,8 @@ _BAD_KEY = re.compile(
     r"invalid_api_key|authentication_error|api key not valid|permission_error", re.IGNORECASE
 )
 _WINDOW = re.compile(
-    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|n_ctx\D{1,4}(\d+)|context size \((\d+)",
+    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|context limit: \d+ \+ \d+ > (\d+)"
+    r"|n_ctx\D{1,4}(\d+)|context size \((\d+)",
     re.IGNORECASE,
 )
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
@@ -365,6 +403,9 @@ _STATUS_OF_TYPE = {
     "authentication_error": 401,
     "permission_error": 403,
     "not_found_error": 404,
+    "billing_error": 402,
+    "request_too_large": 413,
+    "timeout_error": 504,
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
     "overloaded_error": 529,
@@ -404,7 +445,8 @@ def _retry_after(headers: Mapping[str, str], body: bytes) -> float | None:
     """Seconds until another attempt is welcome (RFC 9110, section 10.2.3, and what providers add)."""
     try:
         if "retry-after-ms" in headers:
-            return max(float(headers["retry-after-ms"]) / 1000, 0.0)
+            milliseconds = float(headers["retry-after-ms"])
+            return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else None
         if "retry-after" in headers:
             return _seconds(headers["retry-after"])
     except ValueError:
@@ -433,6 +475,11 @@ def _seconds(retry_after: str) -> float:
 
 
 # -- small things
+
+
+def _sent_as(data: bytes | None) -> bytes | io.BytesIO | None:
+    """A body as aiohttp wants it: it warns of large ones that it cannot send part by part."""
+    return io.BytesIO(data) if data is not None and len(data) > LARGE_BODY else data
 
 
 async def _read(response: ClientResponse) -> bytes:

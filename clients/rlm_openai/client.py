@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from rlm import prices
 from rlm.client import ModelInfo, Price
-from rlm.errors import AuthError, ConfigError, ProtocolError
-from rlm.http import HTTPLM, Dialect, Endpoint
-from rlm.secrets import Secret, SecretText, reveal
+from rlm.errors import ConfigError, ProtocolError
+from rlm.http import HTTPLM, Dialect, Endpoint, find_key, first_set, missing_key
+from rlm.secrets import Secret, SecretText
 
 from .chat import Chat
 from .responses import Responses
@@ -138,11 +137,7 @@ class OpenAILM(HTTPLM):
     def _key_header(self, given: str | SecretText | None, url: str, chosen: bool) -> dict[str, Secret]:
         """The header with the key, wherever it comes from. A provider that needs one must get one."""
         preset = self.preset
-        key = reveal(given) if given is not None else None
-        # A key of the environment was meant for the address of the environment, or for the provider's
-        # own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
-        if key is None and not (chosen and url.startswith("http://")):
-            key = first_set(preset.key_variables)
+        key = find_key(given, preset.key_variables, url, chosen)
         if key is None:
             if preset.needs_key and self._is_home:
                 raise missing_key(preset.title, preset.key_variables)
@@ -222,21 +217,6 @@ class AzureOpenAILM(OpenAILM):
             settings["base_url"] = f"{endpoint.rstrip('/')}/openai/{path}"
             query = {**({"api-version": version} if version else {}), **(query or {})}
         super().__init__(model_name or deployment, query=query, **settings)
-
-
-def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
-    """The error for a key that is nowhere, with the ways to go on, also those without any key."""
-    return AuthError(
-        f"{provider} needs a key: set {' or '.join(variables)}, or give api_key=. Without one: a server "
-        "of your own (base_url='http://...'), a recording (backend='replay'), or a script "
-        "(backend='scripted', no model at all).",
-        sent=False,
-    )
-
-
-def first_set(variables: Sequence[str]) -> str | None:
-    """The first of these environment variables that is set to something."""
-    return next((value for name in variables if (value := os.environ.get(name))), None)
 
 
 def _trained_window(model: _Served) -> int | None:

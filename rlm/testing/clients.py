@@ -528,8 +528,8 @@ class Saying(ClientTests):
     async def test_a_message_worth_keeping_arrives_like_any_other(
         self, client: BaseLM, server: ModelServer
     ) -> None:
-        kept = [Message("system", "be brief", cache=True), Message("user", "hello", cache=True)]
-        await reply_to(client, Request(tuple(kept)))
+        kept = (Message("system", "be brief"), Message("user", "hello"))
+        await reply_to(client, Request(kept, cache=True))
         assert [text for _, text in conversation(server.seen[0].body)] == ["be brief", "hello"]
 
     async def test_the_model_is_the_requests_or_else_the_clients_own(
