@@ -35,7 +35,7 @@ class Backends:
         self._sub = sub or (self.gates[0] if self.gates else None)
         self._keys = keys
         self._sampling = _fields(sampling or {})
-        self._sub_sampling = _fields(sub_sampling or sampling or {})
+        self._sub_sampling = self._sampling if sub_sampling is None else _fields(sub_sampling)
 
     @classmethod
     def of(cls, client: BaseLM | None) -> Backends:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, plugins
+from . import __version__, plugins, secrets
 from .errors import BrokenPlugin, ConfigError, RLMError, SandboxUnavailable
 
 if TYPE_CHECKING:
@@ -76,20 +76,26 @@ def run(
         list[str] | None, typer.Option(help="A keyword for the client, NAME=VALUE; VALUE may be JSON.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model's name.")] = None,
+    sub_backend: Annotated[str | None, typer.Option(help="The client for calls from cells.")] = None,
+    sub_model: Annotated[str | None, typer.Option(help="The model for calls from cells.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings from a TOML, YAML or JSON file.")] = None,
     max_iterations: Annotated[int | None, typer.Option(help="Turns at most.")] = None,
     max_timeout: Annotated[float | None, typer.Option(help="Seconds at most.")] = None,
     max_depth: Annotated[int | None, typer.Option(help="Levels of runs at most.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Append every event to this JSONL file.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Append every request and reply to this file, for `--backend replay`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Ask a question about files, directories or standard input."""
+    from .config import Config
     from .rlm import RLM
 
     given: dict[str, Any] = {
         "environment": environment, "backend": backend, "max_iterations": max_iterations,
-        "max_timeout": max_timeout, "max_depth": max_depth, "trace": trace,
+        "max_timeout": max_timeout, "max_depth": max_depth, "trace": trace, "record": record,
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
     keywords = dict(_keyword(text) for text in backend_arg or [])
@@ -97,6 +103,10 @@ def run(
         keywords["model_name"] = model
     if keywords:
         settings["backend_kwargs"] = keywords
+    if sub_backend is not None or sub_model is not None:
+        settings["sub_backend"] = sub_backend or backend or Config.model_fields["backend"].default
+        same = keywords if sub_backend in (None, backend) else {}
+        settings["sub_backend_kwargs"] = {**same, **({"model_name": sub_model} if sub_model else {})}
     settings["verbose"] = not quiet
     rlm = RLM.from_config(config, **settings) if config else RLM(**settings)
     with rlm:
@@ -113,6 +123,11 @@ def _keyword(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE")
+    if secrets.is_secret(name) and not name.startswith("max_"):
+        raise typer.BadParameter(
+            f"{name} stands on the command line, which every user of this machine can read: set the "
+            "provider's environment variable (OPENAI_API_KEY, ...), or put it into a --config file"
+        )
     try:
         return name, json.loads(value)
     except ValueError:

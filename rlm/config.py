@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from . import secrets
 from .client import Price
@@ -129,13 +128,14 @@ class Config(BaseModel):
     )
     verbose: bool = Field(False, description="Show progress on the terminal.")
 
-    @field_validator("prices", mode="before")
+    @field_validator("prices", "rate_limits", mode="before")
     @classmethod
-    def _as_prices(cls, value: Any) -> Any:
-        """Prices written as tables, as a file has them."""
+    def _as_tables(cls, value: Any, info: ValidationInfo) -> Any:
+        """Prices and limits written as tables, as a file has them."""
+        kind = Price if info.field_name == "prices" else RateLimit
         try:
-            return {name: msgspec.convert(item, Price) for name, item in value.items()}
-        except msgspec.ValidationError as error:
+            return {name: _as_struct(item, kind) for name, item in value.items()}
+        except (TypeError, AttributeError) as error:
             raise ValueError(str(error)) from None
 
     def shown(self) -> list[tuple[str, Any]]:
@@ -181,6 +181,10 @@ class Config(BaseModel):
 def _shown(problem: Any) -> Any:
     """The input that a validation error complains of, without keys."""
     return secrets.mask(problem["input"], any(secrets.is_secret(str(part)) for part in problem["loc"]))
+
+
+def _as_struct(item: Any, kind: type[Any]) -> Any:
+    return item if isinstance(item, kind) else kind(**item)
 
 
 def _unknown(key: str, known: list[str]) -> str:

@@ -329,6 +329,8 @@ class Gate:
         finally:
             for task in pending:
                 task.cancel()
+            if pending:
+                await asyncio.wait(pending)
 
     def _pools_of(self, request: Request) -> Sequence[Pool]:
         model = request.model or self.client.model_name

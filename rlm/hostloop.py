@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Coroutine
@@ -47,6 +48,17 @@ def run(work: Coroutine[Any, Any, Value]) -> Value:
         future.cancel()
         ended.wait(CANCEL_GRACE)
         raise
+
+
+def run_at_end(work: Coroutine[Any, Any, Any]) -> None:
+    """Run clean-up that nobody waits for, from any thread, also while the process ends."""
+    if _loop is None or _owner != os.getpid():  # a fork has no part in what its parent opened
+        work.close()
+        return
+    future = asyncio.run_coroutine_threadsafe(work, _loop)
+    if threading.current_thread().name != _THREAD:
+        with contextlib.suppress(Exception):  # there is nobody left to tell
+            future.result(CANCEL_GRACE)
 
 
 async def delegate(work: Coroutine[Any, Any, Value]) -> Value:

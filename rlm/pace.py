@@ -74,21 +74,19 @@ class SharedTimes:
 
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.pace"
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - lives as long as this
+        self._path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.pace"
 
     @contextlib.contextmanager
     def held(self) -> Iterator[list[float]]:
-        descriptor = self._file.fileno()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it is closed
             data = os.pread(descriptor, self._layout.size, 0)
             values = [*self._layout.unpack(data)] if len(data) == self._layout.size else [0.0, 0.0, 0.0]
             yield values
-            os.ftruncate(descriptor, 0)  # the file is open for appending: only so is it overwritten
-            os.write(descriptor, self._layout.pack(*values))
+            os.pwrite(descriptor, self._layout.pack(*values), 0)
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 class Pace:
@@ -162,8 +160,9 @@ class Pace:
     def _learn(self, now: float) -> None:
         """After a pause: from how many calls of the burst were accepted, the pace to go on at."""
         accepted = self._sent - self._refused
-        if self._learned_gap and self._refused <= self._sent / 2:
-            self._learned_gap /= SLOWER
+        gap = max(self._request_gap, self._learned_gap)
+        if gap and self._refused <= self._sent / 2:  # the pace was nearly right
+            self._learned_gap = gap / SLOWER
             self._hold = min(self._hold * 2, LONGEST_HOLD)
         else:
             observed = (now - self._began) / max(accepted, 1)

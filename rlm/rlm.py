@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,9 +120,12 @@ class RLM:
         """Close the model clients that this RLM made. Safe to call twice."""
         backends, self._backends = self._backends, None
         if backends is not None:
-            config = self.config
-            yours = [config.backend, config.sub_backend, *config.other_backends]
-            hostloop.run(backends.aclose(but=yours))
+            self._finalizer.detach()
+            hostloop.run(backends.aclose(but=self._yours()))
+
+    def _yours(self) -> list[Any]:
+        """Clients that were given, and are closed by whoever gave them."""
+        return [self.config.backend, self.config.sub_backend, *self.config.other_backends]
 
     def __repr__(self) -> str:
         return f"RLM({', '.join(f'{name}={value!r}' for name, value in self.config.shown())})"
@@ -198,7 +202,13 @@ class RLM:
         """The clients, made on first use, on the core's loop; and what they have to say."""
         if self._backends is None:
             self._backends = connect(self.config)
+            self._finalizer = weakref.finalize(self, _release, self._backends, self._yours())
         return self._backends, await self._backends.prepare()
+
+
+def _release(backends: Backends, yours: list[Any]) -> None:
+    """What `RLM.close` would have done: at the end of the process, or when nothing refers to the RLM."""
+    hostloop.run_at_end(backends.aclose(but=yours))
 
 
 class REPL:

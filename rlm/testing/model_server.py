@@ -338,20 +338,22 @@ class _Connection(asyncio.Protocol):
             self._transport.write(head)
             self._drip(body, behaviour.latency)
             return
-        self._transport.write(head + body)
-        if behaviour.fault != "stall":
-            self._finish(last=behaviour.fault is not None)
+        if behaviour.fault == "stall":
+            self._transport.write(head + body)
+        else:
+            self._finish(head + body, last=behaviour.fault is not None)
 
     def _drip(self, body: bytes, seconds: float) -> None:
         drops = max(1, min(len(body), DROPS, int(seconds / DRIP)))
         size = -(-len(body) // drops)
 
         def drip(start: int) -> None:
-            self._transport.write(body[start : start + size])
+            drop = body[start : start + size]
             if start + size < len(body):
+                self._transport.write(drop)
                 self._later(seconds / drops, drip, start + size)
             else:
-                self._finish(last=False)
+                self._finish(drop, last=False)
 
         drip(0)
 
@@ -362,10 +364,11 @@ class _Connection(asyncio.Protocol):
         what(*args)
         self._proceed()  # with what arrived meanwhile
 
-    def _finish(self, *, last: bool) -> None:
+    def _finish(self, rest: bytes, *, last: bool) -> None:
         assert self._seen is not None
         last = last or self._seen.headers.get("connection", "").lower() == "close"
-        self._answered()
+        self._answered()  # first, so that whoever has an answer finds it counted
+        self._transport.write(rest)
         if last:
             self._transport.close()
 
