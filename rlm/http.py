@@ -50,6 +50,9 @@ MAX_SHOWN = 500
 CONNECT_TIMEOUT = 15.0
 """Seconds to make a connection, TLS included."""
 
+MAX_READ = 20 * MAX_SHOWN
+"""Of them, those that are searched for what they mean."""
+
 KEEP_ALIVE = 15.0
 """Seconds a connection is kept for the next call."""
 
@@ -243,13 +246,14 @@ class Shapes:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
-            shown = self._hide(_clip(self._data.decode("utf-8", "replace")))
+        if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError | RecursionError):
+            shown = _clip(self._hide(self._data[:MAX_READ].decode("utf-8", "replace")))
             raise ProtocolError(
                 f"the reply is not in the provider's protocol: {error}; it begins {shown!r}"
             ) from None
-        if isinstance(error, ModelError) and error.args:
+        if isinstance(error, ModelError):
             error.args = (self._hide(str(error)),)
+            error.code = self._hide(error.code) if error.code is not None else None
 
 
 class EventParser:
@@ -324,23 +328,27 @@ class _Told(msgspec.Struct):
 
 
 _QUOTA = re.compile(
-    r"insufficient_(quota|funds|credits?)|billing_(hard_limit|not_active)|credit balance is too low",
+    r"insufficient[_ ](quota|funds|credits?|balance)|billing_(hard_limit|not_active)"
+    r"|credit balance is too low",
     re.IGNORECASE,
 )
 _OVERFLOW = re.compile(
-    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size|limit)"
-    r"|prompt is too long|input is too long|input token count .* exceeds|too many (input )?tokens"
-    r"|reduce the length",
+    r"context_length_exceeded|exceed_context_size|context (window|length|size|limit)"
+    r"|maximum (prompt|model) length|prompt is too long|input is too long|input token count .* exceeds"
+    r"|too many (input )?tokens|reduce the length",
     re.IGNORECASE,
 )
-_FILTERED = re.compile(r"content[_ ](filter|policy)|ResponsibleAIPolicy|safety system", re.IGNORECASE)
+_FILTERED = re.compile(
+    r"content[_ ](filter|policy)|ResponsibleAIPolicy|safety system|input was flagged", re.IGNORECASE
+)
 _NO_MODEL = re.compile(r"model_not_found|model .*(not found|does not exist)", re.IGNORECASE)
 _BAD_KEY = re.compile(
     r"invalid_api_key|authentication_error|api key not valid|permission_error", re.IGNORECASE
 )
 _WINDOW = re.compile(
-    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|context limit: \d+ \+ \d+ > (\d+)"
-    r"|n_ctx\D{1,4}(\d+)|context size \((\d+)",
+    r"(?:maximum (?:context|prompt|model) length (?:is|of)|n_ctx\"\s*:|context size \(|context length of only"
+    r"|maximum number of tokens allowed \(|context limit: \d{1,9} \+ \d{1,9} >) ?(\d{1,9})\b"
+    r"|\b(\d{1,9}) maximum\b",
     re.IGNORECASE,
 )
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
@@ -355,12 +363,13 @@ def failure(
 ) -> ModelError:
     """The ModelError that an unsuccessful response stands for. ``hide`` takes keys out of its text."""
     told = _told(body)
-    text = hide(_clip(told.message)) or "no reason given"
+    text = _clip(hide(told.message)) or "no reason given"
     if 300 <= status < 400:
-        text = f"the address answers with a redirect to {headers.get('location')!r}: use that as base_url"
+        elsewhere = _clip(hide(headers.get("location", "nowhere")))
+        text = f"the address answers with a redirect to {elsewhere!r}: use that as base_url"
     details: dict[str, Any] = {
         "status": status,
-        "code": told.code or None,
+        "code": hide(told.code) or None,
         "request_id": headers.get("x-request-id") or headers.get("request-id"),
     }
     kind = _kind(status, f"{told.code} {told.message}")
@@ -379,10 +388,14 @@ def _kind(status: int, words: str) -> type[ModelError]:
         return RateLimited
     if status == 408:
         return Timeout
+    if status == 501:
+        return BadRequest
     if status in (409, 425) or status >= 500:
         return Unavailable
     if status in (400, 413, 422) and _OVERFLOW.search(words):
         return ContextOverflow
+    if status == 403 and _FILTERED.search(words):
+        return ContentFiltered
     if status in (401, 403, 407) or _BAD_KEY.search(words):
         return AuthError
     if status == 404 or status < 400 or _NO_MODEL.search(words):
@@ -392,13 +405,22 @@ def _kind(status: int, words: str) -> type[ModelError]:
 
 def in_band(error: Any, hide: Callable[[str], str] = lambda text: text) -> ModelError:
     """The ModelError for an error object inside a successful response, or in the middle of a stream."""
-    code = error.get("code") if isinstance(error, dict) else None
-    kind = error.get("type") if isinstance(error, dict) else None
-    status = code if isinstance(code, int) and 400 <= code < 600 else _STATUS_OF_TYPE.get(str(kind), 500)
+    told: dict[str, Any] = error if isinstance(error, dict) else {}
+    code = told.get("code")
+    if isinstance(code, int) and 400 <= code < 600:
+        status = code
+    else:
+        words = (told.get("type"), code)
+        status = next(
+            (_STATUS_OF[word] for word in words if isinstance(word, str) and word in _STATUS_OF), 500
+        )
     return failure(status, {}, jsontext.encode({"error": error}), hide)
 
 
-_STATUS_OF_TYPE = {
+_STATUS_OF = {
+    "context_length_exceeded": 400,
+    "content_filter": 400,
+    "insufficient_quota": 429,
     "invalid_request_error": 400,
     "authentication_error": 401,
     "permission_error": 403,
@@ -417,18 +439,21 @@ def _told(body: bytes) -> _Told:
     try:
         data = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        text = re.sub(r"<[^>]*>|\s+", " ", body[: 20 * MAX_SHOWN].decode("utf-8", "replace"))
+        text = re.sub(r"<[^<>]*>|\s+", " ", body[:MAX_READ].decode("utf-8", "replace"))
         return _Told(" ".join(text.split()), "")
     if isinstance(data, list) and data:
         data = data[0]
     error = data.get("error", data) if isinstance(data, dict) else data
     if not isinstance(error, dict):
-        return _Told(str(error), "")
-    message = (
-        error.get("message") or error.get("detail") or error.get("error") or jsontext.encode(error).decode()
-    )
-    code = next((str(error[key]) for key in ("code", "type", "status") if _is_word(error.get(key))), "")
-    return _Told(str(message), code)
+        return _Told("" if error is None else _text(error), "")
+    message = error.get("message") or error.get("detail") or error.get("error") or error
+    code = next((error[key] for key in ("code", "type", "status") if _is_word(error.get(key))), "")
+    return _Told(_text(message), code[:MAX_SHOWN])
+
+
+def _text(value: Any) -> str:
+    """What a server says, as far as it is read."""
+    return (value if isinstance(value, str) else jsontext.encode(value).decode())[:MAX_READ]
 
 
 def _is_word(value: Any) -> bool:
@@ -437,25 +462,29 @@ def _is_word(value: Any) -> bool:
 
 def _window(body: bytes) -> int | None:
     """How many tokens the model reads, if an overflow says so."""
-    found = _WINDOW.search(body.decode("utf-8", "replace"))
+    found = _WINDOW.search(body[:MAX_READ].decode("utf-8", "replace"))
     return int(next(group for group in found.groups() if group)) if found else None
 
 
 def _retry_after(headers: Mapping[str, str], body: bytes) -> float | None:
     """Seconds until another attempt is welcome (RFC 9110, section 10.2.3, and what providers add)."""
     try:
-        if "retry-after-ms" in headers:
-            milliseconds = float(headers["retry-after-ms"])
-            return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else None
-        if "retry-after" in headers:
-            return _seconds(headers["retry-after"])
-    except ValueError:
+        seconds = _asked(headers, body)
+    except (ValueError, OverflowError):
         return None
-    delay = re.search(rb'"retryDelay"\s*:\s*"([^"]+)"', body)
+    return max(seconds, 0.0) if seconds is not None and math.isfinite(seconds) else None
+
+
+def _asked(headers: Mapping[str, str], body: bytes) -> float | None:
+    if "retry-after-ms" in headers:
+        return float(headers["retry-after-ms"]) / 1000
+    if "retry-after" in headers:
+        return _seconds(headers["retry-after"])
+    delay = re.search(rb'"retryDelay"\s*:\s*"([^"]{1,40})"', body[:MAX_READ])
     durations = [delay[1].decode("ascii", "replace")] if delay else []
     durations += [headers[name] for name in _RESETS if name in headers and _is_used_up(headers, name)]
-    spans = [sum(float(n) * _SECONDS[unit] for n, unit in _DURATION.findall(text)) for text in durations]
-    return max(spans, default=None)
+    spans = [found for text in durations if (found := _DURATION.findall(text[:40]))]
+    return max((sum(float(n) * _SECONDS[unit] for n, unit in found) for found in spans), default=None)
 
 
 _RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
@@ -471,7 +500,7 @@ def _seconds(retry_after: str) -> float:
     import email.utils
 
     moment = email.utils.parsedate_to_datetime(retry_after)
-    return max(moment.timestamp() - time.time(), 0.0)
+    return moment.timestamp() - time.time()
 
 
 # -- small things
