@@ -7,6 +7,7 @@ and what its replies look like. aiohttp is imported when the first call is made.
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import math
 import os
@@ -14,8 +15,8 @@ import re
 import time
 import urllib.parse
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -97,13 +98,17 @@ class Endpoint:
         headers: Mapping[str, str | secrets.SecretText] | None = None,
         query: Mapping[str, str] | None = None,
     ) -> None:
-        parts = urllib.parse.urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"base_url={base_url!r} is no address: it begins with http:// or https://")
-        self.base_url = base_url.rstrip("/")
+        self.base_url, account = _address(base_url)
         self._headers = {**(headers or {})}
+        if account and not any(name.lower() == "authorization" for name in self._headers):
+            encoded = base64.b64encode(account.encode()).decode()
+            self._headers["Authorization"] = secrets.Secret(f"Basic {encoded}")
+        for name, value in self._headers.items():
+            if re.search("[\r\n\0]", secrets.reveal(value)):
+                raise ConfigError(f"the header {name} has a line end in its value, or a NUL")
         self._query = f"?{urllib.parse.urlencode(query)}" if query else ""
-        self._secrets = secrets.find(self._headers) | ({parts.password} if parts.password else set())
+        found = secrets.find(self._headers) | secrets.find(query or {}) | {account.partition(":")[2]}
+        self._secrets = found | {urllib.parse.quote_plus(secret) for secret in found}
         self._session: ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -124,7 +129,9 @@ class Endpoint:
         async with self._exchange("GET", path, None, timeout) as response:
             return await _read(response)
 
-    async def events(self, path: str, body: Mapping[str, Any], timeout: float | None) -> AsyncIterator[bytes]:
+    async def events(
+        self, path: str, body: Mapping[str, Any], timeout: float | None
+    ) -> AsyncGenerator[bytes, None]:
         """The data of each server-sent event of a successful response."""
         parser = EventParser()
         async with self._exchange("POST", path, jsontext.encode(body), timeout) as response:
@@ -174,14 +181,13 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         if self._session is None:
             import aiohttp
+            from multidict import CIMultiDict
 
+            headers = CIMultiDict({"Content-Type": "application/json", "User-Agent": "rlm"})
+            headers.update({name: secrets.reveal(value) for name, value in self._headers.items()})
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
-                headers={
-                    "Content-Type": "application/json",
-                    "User-Agent": "rlm",
-                    **{name: secrets.reveal(value) for name, value in self._headers.items()},
-                },
+                headers=headers,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=READ_BUFFER,
                 proxy=_proxy_for(self.base_url),
@@ -219,12 +225,16 @@ class HTTPLM(BaseLM):
         """Pieces of the text as they arrive, then the Reply."""
         body = self.dialect.body(request, request.model or self.model_name, True)
         assembler = self.dialect.assembler(request)
-        data = b""
-        async for data in self.endpoint.events(self.dialect.path, body, request.timeout):
-            with self._shapes(data):
-                piece = assembler.feed(data)
-            if piece:
-                yield piece
+        data, size = b"", 0
+        async with aclosing(self.endpoint.events(self.dialect.path, body, request.timeout)) as events:
+            async for data in events:
+                with self._shapes(data):
+                    piece = assembler.feed(data)
+                size += len(piece)
+                if size > MAX_REPLY:
+                    raise ProtocolError(f"the reply is longer than {MAX_REPLY:,} characters")
+                if piece:
+                    yield piece
         with self._shapes(data):
             yield assembler.reply()
 
@@ -298,8 +308,11 @@ def find_key(
     own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
     """
     if given is not None:
-        return secrets.reveal(given)
-    return None if chosen and url.startswith("http://") else first_set(variables)
+        return secrets.reveal(given).strip()
+    scheme, _, rest = url.strip().partition("://")
+    if chosen and (scheme.lower() != "https" or "@" in rest.partition("/")[0]):  # it says who is calling
+        return None
+    return first_set(variables)
 
 
 def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
@@ -314,7 +327,7 @@ def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
 
 def first_set(variables: Sequence[str]) -> str | None:
     """The first of these environment variables that is set to something."""
-    return next((value for name in variables if (value := os.environ.get(name))), None)
+    return next((value for name in variables if (value := os.environ.get(name, "").strip())), None)
 
 
 # -- what a response says when it is no success
@@ -512,16 +525,37 @@ def _sent_as(data: bytes | None) -> bytes | io.BytesIO | None:
 
 
 async def _read(response: ClientResponse) -> bytes:
-    """The whole body, if it is of a sane size."""
-    if (response.content_length or 0) <= MAX_REPLY and response.content_length is not None:
-        return await response.read()
-    pieces, size = [], 0
-    async for piece in response.content.iter_any():
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_REPLY:
-            raise ProtocolError(f"the reply is longer than {MAX_REPLY:,} bytes")
+    """The whole body, if it is of a sane size: unpacked, should it come packed."""
+    pieces, size = [], response.content_length or 0
+    if size <= MAX_REPLY:
+        size = 0
+        async for piece in response.content.iter_any():
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_REPLY:
+                break
+    if size > MAX_REPLY:
+        raise ProtocolError(f"the reply is longer than {MAX_REPLY:,} bytes")
     return b"".join(pieces)
+
+
+def _address(url: str) -> tuple[str, str]:
+    """A base URL without a name and a password in it, and those."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.port  # noqa: B018 - it is parsed here
+    except ValueError as error:
+        raise ConfigError(f"base_url is no address: {error}") from None
+    account, _, host = parts.netloc.rpartition("@")
+    plain = urllib.parse.urlunsplit(parts._replace(netloc=host))
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"base_url={plain!r} is no address: it begins with http:// or https://")
+    if parts.query or parts.fragment:
+        raise ConfigError(
+            f"base_url={urllib.parse.urlunsplit((parts.scheme, host, parts.path, '', ''))!r} has something "
+            "behind it: that belongs into query="
+        )
+    return plain.rstrip("/"), urllib.parse.unquote(account)
 
 
 def _proxy_for(url: str) -> str | None:
