@@ -17,7 +17,7 @@ import urllib.parse
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -56,6 +56,8 @@ MAX_READ = 20 * MAX_SHOWN
 
 KEEP_ALIVE = 15.0
 """Seconds a connection is kept for the next call."""
+
+Value = TypeVar("Value")
 
 READ_BUFFER = 256 * 1024
 
@@ -294,6 +296,14 @@ class EventParser:
             return None
         data, self._data, self._held = b"\n".join(self._data), [], 0
         return data
+
+
+def lenient(data: Any, kind: type[Value]) -> Value | None:
+    """Data as a struct; None where it is not in its shape. For what a reply is not worth losing."""
+    try:
+        return msgspec.convert(data, kind, strict=False)
+    except msgspec.ValidationError:
+        return None
 
 
 # -- keys
