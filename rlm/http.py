@@ -156,12 +156,16 @@ class Endpoint:
     ) -> AsyncIterator[ClientResponse]:
         """A response whose status is a success; whatever goes wrong in the block becomes a ModelError."""
         import aiohttp
+        from multidict import CIMultiDict
 
         url = f"{self.base_url}{path}{self._query}"
+        # With the request: a session's own headers go to a proxy that is asked for a tunnel, too.
+        headers = CIMultiDict({"Content-Type": "application/json", "User-Agent": "rlm"})
+        headers.update({name: secrets.reveal(value) for name, value in self._headers.items()})
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
         try:
             async with self._opened().request(
-                method, url, data=_sent_as(data), allow_redirects=False, timeout=limit
+                method, url, data=_sent_as(data), headers=headers, allow_redirects=False, timeout=limit
             ) as response:
                 if not 200 <= response.status < 300:
                     raise failure(response.status, response.headers, await _read(response), self.hide)
@@ -183,13 +187,9 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         if self._session is None:
             import aiohttp
-            from multidict import CIMultiDict
 
-            headers = CIMultiDict({"Content-Type": "application/json", "User-Agent": "rlm"})
-            headers.update({name: secrets.reveal(value) for name, value in self._headers.items()})
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
-                headers=headers,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=READ_BUFFER,
                 proxy=_proxy_for(self.base_url),
