@@ -85,7 +85,9 @@ class Responses:
         self._cache_key = cache_key
 
     def body(self, request: Request, model: str, stream: bool) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": model, "input": request.messages}
+        # OpenAI takes messages without a type too; llama.cpp none of the assistant's.
+        said = [{"type": "message", "role": m.role, "content": m.content} for m in request.messages]
+        body: dict[str, Any] = {"model": model, "input": said}
         if request.max_tokens is not None:
             body["max_output_tokens"] = request.max_tokens
         if request.temperature is not None:
