@@ -559,7 +559,8 @@ def _address(url: str) -> tuple[str, str]:
     account, _, host = parts.netloc.rpartition("@")
     plain = urllib.parse.urlunsplit(parts._replace(netloc=host))
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"base_url={plain!r} is no address: it begins with http:// or https://")
+        shown = plain.rpartition("@")[2]  # a password may stand there without the address being one
+        raise ConfigError(f"base_url={shown!r} is no address: it begins with http:// or https://")
     if parts.query or parts.fragment:
         raise ConfigError(
             f"base_url={urllib.parse.urlunsplit((parts.scheme, host, parts.path, '', ''))!r} has something "
