@@ -8,7 +8,6 @@ what a client sends over the network.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from . import jsontext
+from . import jsonl
 from .client import Finish, Message, Usage, UsageSummary
 
 log = logging.getLogger("rlm")
@@ -219,22 +218,10 @@ class Trace:
         A line that was cut short (the disk was full, the host was killed) is left out, with a
         log entry. One that is whole and no event raises msgspec.ValidationError.
         """
-        decoder = msgspec.json.Decoder(AnyEvent)
-        trace = cls()
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    trace.events.append(decoder.decode(line))
-                except msgspec.ValidationError:
-                    raise
-                except msgspec.DecodeError as error:
-                    log.warning("%s, line %d is left out: %s", path, number, error)
-        return trace
+        return cls(event for _, event in jsonl.read(path, msgspec.json.Decoder(AnyEvent)))
 
 
-class JSONLWriter:
+class JSONLWriter(jsonl.Appender):
     """A subscriber that appends every event to a file, one JSON object a line.
 
     Lines are written as events happen, so that a run that dies leaves all but its last
@@ -242,44 +229,10 @@ class JSONLWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file: Any = open(  # noqa: SIM115 - closed by close()
-            self.path, "a+b", buffering=0, opener=_private
-        )
-        if self._ends_in_a_torn_line():
-            self._file.write(b"\n")
+        super().__init__(path, "trace")
 
     def __call__(self, event: AnyEvent) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(jsontext.encode(event) + b"\n")
-        except OSError as error:
-            log.warning("the trace %s ends here: %s", self.path, error)
-            self.close()
-
-    def _ends_in_a_torn_line(self) -> bool:
-        size = self._file.seek(0, os.SEEK_END)
-        if size == 0:
-            return False
-        self._file.seek(size - 1)
-        return bool(self._file.read(1) != b"\n")
-
-    def close(self) -> None:
-        """Close the file. Safe to call twice."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __enter__(self) -> JSONLWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+        self.append(event)
 
 
 class EventBus:

@@ -12,7 +12,7 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -50,12 +50,11 @@ def run(work: Coroutine[Any, Any, Value]) -> Value:
         raise
 
 
-def run_at_end(work: Coroutine[Any, Any, Any]) -> None:
+def run_at_end(clean_up: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     """Run clean-up that nobody waits for, from any thread, also while the process ends."""
     if _loop is None or _owner != os.getpid():  # a fork has no part in what its parent opened
-        work.close()
         return
-    future = asyncio.run_coroutine_threadsafe(work, _loop)
+    future = asyncio.run_coroutine_threadsafe(clean_up(), _loop)
     if threading.current_thread().name != _THREAD:
         with contextlib.suppress(Exception):  # there is nobody left to tell
             future.result(CANCEL_GRACE)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import importlib
 import io
 import math
 import os
 import re
 import time
 import urllib.parse
+import weakref
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
-from . import jsontext, secrets
+from . import hostloop, jsontext, secrets
 from .client import BaseLM, Reply, Request
 from .errors import (
     AuthError,
@@ -40,7 +42,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession
+    from aiohttp import ClientResponse, ClientSession, ClientTimeout
 
 MAX_REPLY = 64 * 1024 * 1024
 """Bytes of a reply that are read: what a server says must not fill the host's memory."""
@@ -60,6 +62,15 @@ KEEP_ALIVE = 15.0
 Value = TypeVar("Value")
 
 READ_BUFFER = 256 * 1024
+
+STALE = 3
+"""How many connections are taken, one after the other, until one can be written to."""
+
+UNWRITABLE = "Cannot write to closing transport"
+"""What aiohttp says before it writes to a connection that is closed; afterwards it says otherwise."""
+
+LINGER = 0.02
+"""Seconds, after the first stream of all, in which a server is watched for whether it hangs up."""
 
 LARGE_BODY = 1024 * 1024
 """Bytes of a request above which it is sent in parts."""
@@ -113,6 +124,8 @@ class Endpoint:
         self._secrets = found | {urllib.parse.quote_plus(secret) for secret in found}
         self._session: ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._hangs_up: bool | None = None
+        """Whether the server closes connections after a stream without saying so, as llama.cpp's does."""
 
     def __repr__(self) -> str:
         return f"Endpoint({self.hide(self.base_url)!r})"
@@ -136,23 +149,38 @@ class Endpoint:
     ) -> AsyncGenerator[bytes, None]:
         """The data of each server-sent event of a successful response."""
         parser = EventParser()
-        async with self._exchange("POST", path, jsontext.encode(body), timeout) as response:
+        headers = {"Connection": "close"} if self._hangs_up else {}
+        async with self._exchange("POST", path, jsontext.encode(body), timeout, headers) as response:
+            transport = response.connection.transport if response.connection is not None else None
             if response.content_type == "application/json":  # a server that does not stream after all
                 yield await _read(response)
                 return
             async for chunk in response.content.iter_any():
                 for data in parser.feed(chunk):
                     yield data
+            if self._hangs_up is None and transport is not None:
+                await asyncio.sleep(LINGER)
+                self._hangs_up = transport.is_closing()
+
+    def warm(self) -> None:
+        """Begin to import aiohttp, a quarter of a second of work, while something else goes on."""
+        asyncio.get_running_loop().run_in_executor(None, importlib.import_module, "aiohttp")
 
     async def aclose(self) -> None:
         """Close every connection. Safe to call twice."""
         session, self._session = self._session, None
         if session is not None:
+            self._finalizer.detach()
             await session.close()
 
     @asynccontextmanager
     async def _exchange(
-        self, method: str, path: str, data: bytes | None, timeout: float | None
+        self,
+        method: str,
+        path: str,
+        data: bytes | None,
+        timeout: float | None,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[ClientResponse]:
         """A response whose status is a success; whatever goes wrong in the block becomes a ModelError."""
         import aiohttp
@@ -160,13 +188,12 @@ class Endpoint:
 
         url = f"{self.base_url}{path}{self._query}"
         # With the request: a session's own headers go to a proxy that is asked for a tunnel, too.
-        headers = CIMultiDict({"Content-Type": "application/json", "User-Agent": "rlm"})
-        headers.update({name: secrets.reveal(value) for name, value in self._headers.items()})
+        sent = CIMultiDict({"Content-Type": "application/json", "User-Agent": "rlm"})
+        sent.update({name: secrets.reveal(value) for name, value in self._headers.items()})
+        sent.update(headers or {})
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
         try:
-            async with self._opened().request(
-                method, url, data=_sent_as(data), headers=headers, allow_redirects=False, timeout=limit
-            ) as response:
+            async with await self._asked(method, url, data, sent, limit) as response:
                 if not 200 <= response.status < 300:
                     raise failure(response.status, response.headers, await _read(response), self.hide)
                 yield response
@@ -183,6 +210,36 @@ class Endpoint:
         except (aiohttp.ClientError, ValueError) as error:
             raise ProtocolError(self.hide(f"no HTTP response from {url}: {_words(error)}")) from None
 
+    async def _asked(
+        self,
+        method: str,
+        url: str,
+        data: bytes | None,
+        headers: Mapping[str, str],
+        limit: ClientTimeout,
+    ) -> ClientResponse:
+        """A response, over another connection where the server had closed the one that was kept for this.
+
+        Servers may at any time, and llama.cpp's do after each stream. They have not had the request
+        then, or not to its end, so that this is no second attempt.
+        """
+        import aiohttp
+
+        for attempt in range(1, STALE + 1):
+            try:
+                return await self._opened().request(
+                    method,
+                    url,
+                    data=_sent_as(data),
+                    headers=headers,
+                    allow_redirects=False,
+                    timeout=limit,
+                )
+            except aiohttp.ClientOSError as error:
+                if attempt == STALE or not str(error.__cause__).startswith(UNWRITABLE):
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
     def _opened(self) -> ClientSession:
         loop = asyncio.get_running_loop()
         if self._session is None:
@@ -195,6 +252,8 @@ class Endpoint:
                 proxy=_proxy_for(self.base_url),
             )
             self._loop = loop
+            # nobody has to close a client that was given to an RLM, and is not given up
+            self._finalizer = weakref.finalize(self, hostloop.run_at_end, self._session.close)
         elif self._loop is not loop:
             raise RuntimeError("a client belongs to the event loop of its first call; make another one")
         return self._session
@@ -216,6 +275,10 @@ class HTTPLM(BaseLM):
     def pool_key(self, model: str) -> str:
         """The provider's address: all its models share its limits."""
         return self.endpoint.base_url
+
+    async def prepare(self) -> str | None:
+        self.endpoint.warm()
+        return None
 
     async def complete(self, request: Request) -> Reply:
         body = self.dialect.body(request, request.model or self.model_name, False)

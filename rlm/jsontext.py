@@ -11,14 +11,24 @@ from typing import Any
 import msgspec
 
 _encoder = msgspec.json.Encoder()
+_canonical = msgspec.json.Encoder(order="sorted")
 
 
 def encode(value: Any) -> bytes:
     """A struct, or plain data, as JSON; lone surrogates become replacement characters."""
+    return _encode(_encoder, value)
+
+
+def canonical(value: Any) -> bytes:
+    """As `encode`, with sorted keys: the same bytes for what is equal, in any process."""
+    return _encode(_canonical, value)
+
+
+def _encode(encoder: msgspec.json.Encoder, value: Any) -> bytes:
     try:
-        return _encoder.encode(value)
+        return encoder.encode(value)
     except UnicodeEncodeError:
-        return _encoder.encode(_replace_surrogates(msgspec.to_builtins(value)))
+        return encoder.encode(_replace_surrogates(msgspec.to_builtins(value)))
 
 
 def _replace_surrogates(value: Any) -> Any:

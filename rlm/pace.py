@@ -20,10 +20,17 @@ from typing import Protocol
 IDLE = 1.0
 """Seconds without a call after which a new burst begins: how fast it goes is counted from there."""
 
-FIRST_HOLD, LONGEST_HOLD = 5.0, 80.0
-"""Seconds that a learned pace is kept before a faster one is tried; doubled when that was refused."""
+MARGIN = 1.02
+"""Calls spaced exactly evenly would meet the end of a provider's window with one call too many."""
 
-FASTER, SLOWER = 1.05, 0.95
+LATE = 0.005
+"""Seconds that a timer may fire late without slowing the whole down."""
+
+FIRST_STEP, FIRST_HOLD = 0.1, 1.0
+"""A pace that one burst has taught is a guess: by what share it is raised, after how many seconds."""
+
+STEP, HOLD, LONGEST_HOLD = 0.05, 30.0, 240.0
+"""The same once a raised pace was refused; the seconds are doubled each time that happens."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds to leave a provider alone that refuses without saying for how long; doubled each time."""
@@ -93,17 +100,20 @@ class Pace:
     """When the next call may go."""
 
     def __init__(self, limit: RateLimit, times: Times | None = None) -> None:
-        self._request_gap = 60.0 / limit.requests_per_minute if limit.requests_per_minute else 0.0
+        self._request_gap = 60.0 * MARGIN / limit.requests_per_minute if limit.requests_per_minute else 0.0
         self._token_gap = 60.0 / limit.tokens_per_minute if limit.tokens_per_minute else 0.0
         self._is_shared = times is not None
         self._times = times or OwnTimes()
         self._learned_gap = 0.0
         self._paused = False
         # of the present burst, and of the pause that may end it
-        self._began = self._last = 0.0
+        self._began = self._last = self._ends = 0.0
         self._sent = self._refused = 0
-        self._hold, self._faster_at = FIRST_HOLD, 0.0
         self._pause = FIRST_PAUSE
+        # of a learned pace: the next raise, and the last one
+        self._step, self._hold = (STEP, HOLD) if self._request_gap else (FIRST_STEP, FIRST_HOLD)
+        self._raise_at = 0.0
+        self._raised_by = STEP
 
     @property
     def counts_tokens(self) -> bool:
@@ -131,15 +141,15 @@ class Pace:
             self._learn(now)
         elif now - self._last > IDLE:
             self._began, self._sent, self._refused = now, 0, 0
-        self._speed_up(now)
+        elif self._learned_gap and now >= self._raise_at:
+            self._raise(now)
         self._sent += 1
         self._last = now
         if self.is_free:
             return
         gap = max(self._request_gap, self._learned_gap)
         with self._times.held() as times:
-            # one gap in arrears: a timer that fires late must not slow the whole down
-            times[0] = max(times[0], now - gap) + gap
+            times[0] = max(times[0], now - LATE) + gap
             times[1] = max(times[1], now) + tokens * self._token_gap
 
     def correct(self, tokens: int) -> None:
@@ -153,7 +163,8 @@ class Pace:
         if sent_at >= self._began:  # an earlier one says nothing about the present pace
             self._refused += 1
         pause = self._pause if retry_after is None else retry_after
-        self._paused = True
+        if not self._paused:
+            self._paused, self._ends = True, now + pause
         with self._times.held() as times:
             times[2] = max(times[2], now + pause)
 
@@ -161,18 +172,19 @@ class Pace:
         """After a pause: from how many calls of the burst were accepted, the pace to go on at."""
         accepted = self._sent - self._refused
         gap = max(self._request_gap, self._learned_gap)
-        if gap and self._refused <= self._sent / 2:  # the pace was nearly right
-            self._learned_gap = gap / SLOWER
-            self._hold = min(self._hold * 2, LONGEST_HOLD)
+        if gap and self._refused <= self._sent / 2:  # nearly right: what the last raise added was too much
+            self._learned_gap = gap * (1 + self._raised_by)
+            self._step, self._hold = STEP, min(max(self._hold * 2, HOLD), LONGEST_HOLD)
         else:
-            observed = (now - self._began) / max(accepted, 1)
-            self._learned_gap = max(observed, self._learned_gap)
+            self._learned_gap = max((self._ends - self._began) / max(accepted, 1), self._learned_gap)
+            self._step, self._hold = FIRST_STEP, FIRST_HOLD
         self._pause = FIRST_PAUSE if accepted > 0 else min(self._pause * 2, LONGEST_PAUSE)
-        self._paused = False
+        self._paused, self._raised_by = False, STEP
         self._began, self._sent, self._refused = now, 0, 0
-        self._faster_at = now + self._hold
+        self._raise_at = now + self._hold
 
-    def _speed_up(self, now: float) -> None:
-        if self._learned_gap and now >= self._faster_at:
-            self._learned_gap /= FASTER
-            self._faster_at = now + self._hold
+    def _raise(self, now: float) -> None:
+        """Nobody was refused for a while: faster, and each time by more."""
+        self._learned_gap /= 1 + self._step
+        self._raised_by, self._step = self._step, min(self._step * 2, 1.0)
+        self._raise_at = now + self._hold

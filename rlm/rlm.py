@@ -208,7 +208,7 @@ class RLM:
 
 def _release(backends: Backends, yours: list[Any]) -> None:
     """What `RLM.close` would have done: at the end of the process, or when nothing refers to the RLM."""
-    hostloop.run_at_end(backends.aclose(but=yours))
+    hostloop.run_at_end(lambda: backends.aclose(but=yours))
 
 
 class REPL:

@@ -142,8 +142,9 @@ class MessagesAssembler:
         return _made(self._message, self._request)
 
     def _begun(self) -> _Message:
+        """The message, also where a stream forgets to begin it: llama.cpp's do after half a character."""
         if self._message is None:
-            raise ProtocolError("the stream does not begin with message_start")
+            self._message = _Message([])
         return self._message
 
     def _start_block(self, block: Block) -> str:
@@ -242,7 +243,7 @@ def _made(message: _Message, request: Request) -> Reply:
     return Reply(
         text=text,
         finish=FINISH.get(message.stop_reason, "other"),
-        usage=_usage(message.usage) or Usage.estimate(request.messages, text),
+        usage=_usage(message.usage, Usage.estimate(request.messages, text)),
         model=message.model,
         id=message.id,
         raw={"content": message.content} if thought else None,
@@ -257,10 +258,12 @@ def _said(content: Sequence[Block]) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _usage(told: Any) -> Usage | None:
+def _usage(told: Any, guess: Usage) -> Usage:
     """Tokens by our names: the provider's input is without what has to do with its cache."""
     if not isinstance(told, dict) or not isinstance(told.get("output_tokens"), int):
-        return None
+        return guess
+    if not isinstance(told.get("input_tokens"), int):
+        return msgspec.structs.replace(guess, output_tokens=told["output_tokens"])
     read, written = _number(told, "cache_read_input_tokens"), _number(told, "cache_creation_input_tokens")
     details = told.get("output_tokens_details")
     return Usage(

@@ -111,7 +111,7 @@ class OpenAILM(HTTPLM):
     async def prepare(self) -> str | None:
         """Ask a server that was named without a model which one it serves."""
         if self.model_name != UNNAMED:
-            return None
+            return await super().prepare()
         served = await self.served()
         if len(served) != 1:
             names = ", ".join(repr(name) for name in sorted(served)[:20]) or "none"

@@ -20,7 +20,7 @@ import threading
 import time
 from typing import IO, Any
 
-from rlm import boot, wire
+from rlm import streams, wire
 from rlm.errors import SandboxError, SandboxUnavailable
 
 from . import engine as engines
@@ -132,31 +132,16 @@ class Container:
         return cls(engine, created, ours, leash, keeper, errors, time_to_live)
 
     async def _bring_up(self, options: dict[str, Any]) -> None:
-        loop = asyncio.get_running_loop()
+        assert self.stream is not None
         try:
             async with asyncio.timeout(READY_TIMEOUT):
-                assert self.stream is not None
-                await loop.sock_sendall(self.stream, boot.payload(options))
-                message, blobs = await self._first_frame(self.stream)
+                await streams.bring_up(self.stream, options)
         except TimeoutError:
             raise ContainerRefused(f"the worker in the container was not up in {READY_TIMEOUT:g} s") from None
         except (EOFError, ConnectionError, wire.FrameError):
             raise await self._why_not_up() from None
-        if message["t"] != "warm":
-            reason = b"".join(blobs).decode("utf-8", "replace").strip()
-            raise ContainerRefused(f"the worker cannot run in this container: {reason[-2000:]}")
-
-    async def _first_frame(self, stream: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
-        """A worker says one thing before it has a session, and nothing after it."""
-        loop = asyncio.get_running_loop()
-        decoder = wire.Decoder(wire.parse_dict, header_limit=wire.HELLO_LIMIT, blob_limit=1 << 16)
-        while True:
-            data = await loop.sock_recv(stream, 1 << 16)
-            if not data:
-                raise EOFError
-            decoder.feed(data)
-            for frame in decoder:
-                return frame
+        except SandboxUnavailable as error:
+            raise ContainerRefused(f"the worker cannot run in this container: {error}") from None
 
     async def _why_not_up(self) -> SandboxUnavailable:
         state = await self._state()
@@ -187,8 +172,7 @@ class Container:
         """Tell the worker whose session this is. Returns the stream, which is the caller's from now on."""
         assert self.stream is not None, "a container serves one session"
         self._handed_over, self.stream = self.stream, None
-        with contextlib.suppress(OSError):  # whoever reads the stream will find that it has ended
-            self._handed_over.send(wire.encode({"t": "session", "token": token}))
+        streams.name_session(self._handed_over, token)
         return self._handed_over
 
     def release(self) -> None:
