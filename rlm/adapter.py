@@ -25,7 +25,7 @@ class SyncLM(BaseLM):
 
     def __init__(self, call: Any, *, model_name: str | None = None, threads: int = THREADS) -> None:
         method = getattr(call, "completion", None)
-        if method is None and not callable(call):
+        if not callable(method or call):
             raise ConfigError(f"{call!r} is no model: it is neither a function nor has a method completion()")
         self.model_name = model_name or _name_of(call)
         self._call: Callable[[Request], Any] = call if method is None else lambda r: method(_dicts(r))
@@ -36,14 +36,20 @@ class SyncLM(BaseLM):
 
     async def complete(self, request: Request) -> Reply:
         if self._is_async:
-            return self._reply(await self._call(request), request)
-        loop = asyncio.get_running_loop()
-        return self._reply(await loop.run_in_executor(self._threads, self._call, request), request)
-
-    def _reply(self, said: Any, request: Request) -> Reply:
+            said = await self._call(request)
+        else:
+            said = await asyncio.get_running_loop().run_in_executor(self._threads, self._in_thread, request)
+            if inspect.isawaitable(said):  # of a method that is a coroutine function, or a lambda around one
+                said = await said
         if isinstance(said, str):
             return Reply(said, usage=Usage.estimate(request.messages, said), model=self.model_name)
         return said  # type: ignore[no-any-return] # the gate looks at what it is
+
+    def _in_thread(self, request: Request) -> Any:
+        try:
+            return self._call(request)
+        except StopIteration as error:  # which no future can hold: whoever waits would wait for ever
+            raise RuntimeError("the function raised StopIteration") from error
 
     async def aclose(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -7,6 +7,7 @@ and what its replies look like. aiohttp is imported when the first call is made.
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib
 import io
 import math
@@ -16,9 +17,9 @@ import time
 import urllib.parse
 import weakref
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -52,8 +53,13 @@ MAX_SHOWN = 500
 CONNECT_TIMEOUT = 15.0
 """Seconds to make a connection, TLS included."""
 
+MAX_READ = 20 * MAX_SHOWN
+"""Of them, those that are searched for what they mean."""
+
 KEEP_ALIVE = 15.0
 """Seconds a connection is kept for the next call."""
+
+Value = TypeVar("Value")
 
 READ_BUFFER = 256 * 1024
 
@@ -105,15 +111,17 @@ class Endpoint:
         headers: Mapping[str, str | secrets.SecretText] | None = None,
         query: Mapping[str, str] | None = None,
     ) -> None:
-        parts = urllib.parse.urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"base_url={base_url!r} is no address: it begins with http:// or https://")
-        self.base_url = base_url.rstrip("/")
+        self.base_url, account = _address(base_url)
         self._headers = {**(headers or {})}
+        if account and not any(name.lower() == "authorization" for name in self._headers):
+            encoded = base64.b64encode(account.encode()).decode()
+            self._headers["Authorization"] = secrets.Secret(f"Basic {encoded}")
+        for name, value in self._headers.items():
+            if re.search("[\r\n\0]", secrets.reveal(value)):
+                raise ConfigError(f"the header {name} has a line end in its value, or a NUL")
         self._query = f"?{urllib.parse.urlencode(query)}" if query else ""
-        self._secrets = secrets.find(self._headers) | ({parts.password} if parts.password else set())
-        # servers echo the key without the word that stands before it in a header
-        self._secrets |= {secret.removeprefix("Bearer ") for secret in self._secrets}
+        found = secrets.find(self._headers) | secrets.find(query or {}) | {account.partition(":")[2]}
+        self._secrets = found | {urllib.parse.quote_plus(secret) for secret in found}
         self._session: ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hangs_up: bool | None = None
@@ -136,7 +144,9 @@ class Endpoint:
         async with self._exchange("GET", path, None, timeout) as response:
             return await _read(response)
 
-    async def events(self, path: str, body: Mapping[str, Any], timeout: float | None) -> AsyncIterator[bytes]:
+    async def events(
+        self, path: str, body: Mapping[str, Any], timeout: float | None
+    ) -> AsyncGenerator[bytes, None]:
         """The data of each server-sent event of a successful response."""
         parser = EventParser()
         headers = {"Connection": "close"} if self._hangs_up else {}
@@ -174,11 +184,16 @@ class Endpoint:
     ) -> AsyncIterator[ClientResponse]:
         """A response whose status is a success; whatever goes wrong in the block becomes a ModelError."""
         import aiohttp
+        from multidict import CIMultiDict
 
         url = f"{self.base_url}{path}{self._query}"
+        # With the request: a session's own headers go to a proxy that is asked for a tunnel, too.
+        sent = CIMultiDict({"Content-Type": "application/json", "User-Agent": "rlm"})
+        sent.update({name: secrets.reveal(value) for name, value in self._headers.items()})
+        sent.update(headers or {})
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
         try:
-            async with await self._asked(method, url, data, headers, limit) as response:
+            async with await self._asked(method, url, data, sent, limit) as response:
                 if not 200 <= response.status < 300:
                     raise failure(response.status, response.headers, await _read(response), self.hide)
                 yield response
@@ -200,7 +215,7 @@ class Endpoint:
         method: str,
         url: str,
         data: bytes | None,
-        headers: Mapping[str, str] | None,
+        headers: Mapping[str, str],
         limit: ClientTimeout,
     ) -> ClientResponse:
         """A response, over another connection where the server had closed the one that was kept for this.
@@ -232,11 +247,6 @@ class Endpoint:
 
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
-                headers={
-                    "Content-Type": "application/json",
-                    "User-Agent": "rlm",
-                    **{name: secrets.reveal(value) for name, value in self._headers.items()},
-                },
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=READ_BUFFER,
                 proxy=_proxy_for(self.base_url),
@@ -280,12 +290,16 @@ class HTTPLM(BaseLM):
         """Pieces of the text as they arrive, then the Reply."""
         body = self.dialect.body(request, request.model or self.model_name, True)
         assembler = self.dialect.assembler(request)
-        data = b""
-        async for data in self.endpoint.events(self.dialect.path, body, request.timeout):
-            with self._shapes(data):
-                piece = assembler.feed(data)
-            if piece:
-                yield piece
+        data, size = b"", 0
+        async with aclosing(self.endpoint.events(self.dialect.path, body, request.timeout)) as events:
+            async for data in events:
+                with self._shapes(data):
+                    piece = assembler.feed(data)
+                size += len(piece)
+                if size > MAX_REPLY:
+                    raise ProtocolError(f"the reply is longer than {MAX_REPLY:,} characters")
+                if piece:
+                    yield piece
         with self._shapes(data):
             yield assembler.reply()
 
@@ -307,13 +321,14 @@ class Shapes:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError):
-            shown = _clip(self._hide(self._data[: 20 * MAX_SHOWN].decode("utf-8", "replace")))
+        if isinstance(error, msgspec.MsgspecError | UnicodeDecodeError | RecursionError):
+            shown = _clip(self._hide(self._data[:MAX_READ].decode("utf-8", "replace")))
             raise ProtocolError(
                 f"the reply is not in the provider's protocol: {error}; it begins {shown!r}"
             ) from None
-        if isinstance(error, ModelError) and error.args:
+        if isinstance(error, ModelError):
             error.args = (self._hide(str(error)),)
+            error.code = self._hide(error.code) if error.code is not None else None
 
 
 class EventParser:
@@ -346,6 +361,14 @@ class EventParser:
         return data
 
 
+def lenient(data: Any, kind: type[Value]) -> Value | None:
+    """Data as a struct; None where it is not in its shape. For what a reply is not worth losing."""
+    try:
+        return msgspec.convert(data, kind, strict=False)
+    except msgspec.ValidationError:
+        return None
+
+
 # -- keys
 
 
@@ -358,8 +381,11 @@ def find_key(
     own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
     """
     if given is not None:
-        return secrets.reveal(given)
-    return None if chosen and url.startswith("http://") else first_set(variables)
+        return secrets.reveal(given).strip()
+    scheme, _, rest = url.strip().partition("://")
+    if chosen and (scheme.lower() != "https" or "@" in rest.partition("/")[0]):  # it says who is calling
+        return None
+    return first_set(variables)
 
 
 def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
@@ -374,7 +400,7 @@ def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
 
 def first_set(variables: Sequence[str]) -> str | None:
     """The first of these environment variables that is set to something."""
-    return next((value for name in variables if (value := os.environ.get(name))), None)
+    return next((value for name in variables if (value := os.environ.get(name, "").strip())), None)
 
 
 # -- what a response says when it is no success
@@ -388,23 +414,27 @@ class _Told(msgspec.Struct):
 
 
 _QUOTA = re.compile(
-    r"insufficient_(quota|funds|credits?)|billing_(hard_limit|not_active)|credit balance is too low",
+    r"insufficient[_ ](quota|funds|credits?|balance)|billing_(hard_limit|not_active)"
+    r"|credit balance is too low",
     re.IGNORECASE,
 )
 _OVERFLOW = re.compile(
-    r"context_length_exceeded|exceed_context_size|maximum context length|context (window|length|size|limit)"
-    r"|prompt is too long|input is too long|input token count .* exceeds|too many (input )?tokens"
-    r"|reduce the length",
+    r"context_length_exceeded|exceed_context_size|context (window|length|size|limit)"
+    r"|maximum (prompt|model) length|prompt is too long|input is too long|input token count .* exceeds"
+    r"|too many (input )?tokens|reduce the length",
     re.IGNORECASE,
 )
-_FILTERED = re.compile(r"content[_ ](filter|policy)|ResponsibleAIPolicy|safety system", re.IGNORECASE)
+_FILTERED = re.compile(
+    r"content[_ ](filter|policy)|ResponsibleAIPolicy|safety system|input was flagged", re.IGNORECASE
+)
 _NO_MODEL = re.compile(r"model_not_found|model .*(not found|does not exist)", re.IGNORECASE)
 _BAD_KEY = re.compile(
     r"invalid_api_key|authentication_error|api key not valid|permission_error", re.IGNORECASE
 )
 _WINDOW = re.compile(
-    r"maximum context length (?:is|of) (\d+)|> (\d+) maximum|context limit: \d+ \+ \d+ > (\d+)"
-    r"|n_ctx\D{1,4}(\d+)|context size \((\d+)",
+    r"(?:maximum (?:context|prompt|model) length (?:is|of)|n_ctx\"\s*:|context size \(|context length of only"
+    r"|maximum number of tokens allowed \(|context limit: \d{1,9} \+ \d{1,9} >) ?(\d{1,9})\b"
+    r"|\b(\d{1,9}) maximum\b",
     re.IGNORECASE,
 )
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
@@ -421,10 +451,11 @@ def failure(
     told = _told(body)
     text = _clip(hide(told.message)) or "no reason given"
     if 300 <= status < 400:
-        text = f"the address answers with a redirect to {headers.get('location')!r}: use that as base_url"
+        elsewhere = _clip(hide(headers.get("location", "nowhere")))
+        text = f"the address answers with a redirect to {elsewhere!r}: use that as base_url"
     details: dict[str, Any] = {
         "status": status,
-        "code": told.code or None,
+        "code": hide(told.code) or None,
         "request_id": headers.get("x-request-id") or headers.get("request-id"),
     }
     kind = _kind(status, f"{told.code} {told.message}")
@@ -443,10 +474,14 @@ def _kind(status: int, words: str) -> type[ModelError]:
         return RateLimited
     if status == 408:
         return Timeout
+    if status == 501:
+        return BadRequest
     if status in (409, 425) or status >= 500:
         return Unavailable
     if status in (400, 413, 422) and _OVERFLOW.search(words):
         return ContextOverflow
+    if status == 403 and _FILTERED.search(words):
+        return ContentFiltered
     if status in (401, 403, 407) or _BAD_KEY.search(words):
         return AuthError
     if status == 404 or status < 400 or _NO_MODEL.search(words):
@@ -456,13 +491,22 @@ def _kind(status: int, words: str) -> type[ModelError]:
 
 def in_band(error: Any, hide: Callable[[str], str] = lambda text: text) -> ModelError:
     """The ModelError for an error object inside a successful response, or in the middle of a stream."""
-    code = error.get("code") if isinstance(error, dict) else None
-    kind = error.get("type") if isinstance(error, dict) else None
-    status = code if isinstance(code, int) and 400 <= code < 600 else _STATUS_OF_TYPE.get(str(kind), 500)
+    told: dict[str, Any] = error if isinstance(error, dict) else {}
+    code = told.get("code")
+    if isinstance(code, int) and 400 <= code < 600:
+        status = code
+    else:
+        words = (told.get("type"), code)
+        status = next(
+            (_STATUS_OF[word] for word in words if isinstance(word, str) and word in _STATUS_OF), 500
+        )
     return failure(status, {}, jsontext.encode({"error": error}), hide)
 
 
-_STATUS_OF_TYPE = {
+_STATUS_OF = {
+    "context_length_exceeded": 400,
+    "content_filter": 400,
+    "insufficient_quota": 429,
     "invalid_request_error": 400,
     "authentication_error": 401,
     "permission_error": 403,
@@ -481,18 +525,21 @@ def _told(body: bytes) -> _Told:
     try:
         data = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        text = re.sub(r"<[^>]*>|\s+", " ", body[: 20 * MAX_SHOWN].decode("utf-8", "replace"))
+        text = re.sub(r"<[^<>]*>|\s+", " ", body[:MAX_READ].decode("utf-8", "replace"))
         return _Told(" ".join(text.split()), "")
     if isinstance(data, list) and data:
         data = data[0]
     error = data.get("error", data) if isinstance(data, dict) else data
     if not isinstance(error, dict):
-        return _Told(str(error), "")
-    message = (
-        error.get("message") or error.get("detail") or error.get("error") or jsontext.encode(error).decode()
-    )
-    code = next((str(error[key]) for key in ("code", "type", "status") if _is_word(error.get(key))), "")
-    return _Told(str(message), code)
+        return _Told("" if error is None else _text(error), "")
+    message = error.get("message") or error.get("detail") or error.get("error") or error
+    code = next((error[key] for key in ("code", "type", "status") if _is_word(error.get(key))), "")
+    return _Told(_text(message), code[:MAX_SHOWN])
+
+
+def _text(value: Any) -> str:
+    """What a server says, as far as it is read."""
+    return (value if isinstance(value, str) else jsontext.encode(value).decode())[:MAX_READ]
 
 
 def _is_word(value: Any) -> bool:
@@ -501,25 +548,29 @@ def _is_word(value: Any) -> bool:
 
 def _window(body: bytes) -> int | None:
     """How many tokens the model reads, if an overflow says so."""
-    found = _WINDOW.search(body.decode("utf-8", "replace"))
+    found = _WINDOW.search(body[:MAX_READ].decode("utf-8", "replace"))
     return int(next(group for group in found.groups() if group)) if found else None
 
 
 def _retry_after(headers: Mapping[str, str], body: bytes) -> float | None:
     """Seconds until another attempt is welcome (RFC 9110, section 10.2.3, and what providers add)."""
     try:
-        if "retry-after-ms" in headers:
-            milliseconds = float(headers["retry-after-ms"])
-            return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else None
-        if "retry-after" in headers:
-            return _seconds(headers["retry-after"])
-    except ValueError:
+        seconds = _asked(headers, body)
+    except (ValueError, OverflowError):
         return None
-    delay = re.search(rb'"retryDelay"\s*:\s*"([^"]+)"', body)
+    return max(seconds, 0.0) if seconds is not None and math.isfinite(seconds) else None
+
+
+def _asked(headers: Mapping[str, str], body: bytes) -> float | None:
+    if "retry-after-ms" in headers:
+        return float(headers["retry-after-ms"]) / 1000
+    if "retry-after" in headers:
+        return _seconds(headers["retry-after"])
+    delay = re.search(rb'"retryDelay"\s*:\s*"([^"]{1,40})"', body[:MAX_READ])
     durations = [delay[1].decode("ascii", "replace")] if delay else []
     durations += [headers[name] for name in _RESETS if name in headers and _is_used_up(headers, name)]
-    spans = [sum(float(n) * _SECONDS[unit] for n, unit in _DURATION.findall(text)) for text in durations]
-    return max(spans, default=None)
+    spans = [found for text in durations if (found := _DURATION.findall(text[:40]))]
+    return max((sum(float(n) * _SECONDS[unit] for n, unit in found) for found in spans), default=None)
 
 
 _RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
@@ -535,7 +586,7 @@ def _seconds(retry_after: str) -> float:
     import email.utils
 
     moment = email.utils.parsedate_to_datetime(retry_after)
-    return max(moment.timestamp() - time.time(), 0.0)
+    return moment.timestamp() - time.time()
 
 
 # -- small things
@@ -547,16 +598,38 @@ def _sent_as(data: bytes | None) -> bytes | io.BytesIO | None:
 
 
 async def _read(response: ClientResponse) -> bytes:
-    """The whole body, if it is of a sane size."""
-    if (response.content_length or 0) <= MAX_REPLY and response.content_length is not None:
-        return await response.read()
-    pieces, size = [], 0
-    async for piece in response.content.iter_any():
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_REPLY:
-            raise ProtocolError(f"the reply is longer than {MAX_REPLY:,} bytes")
+    """The whole body, if it is of a sane size: unpacked, should it come packed."""
+    pieces, size = [], response.content_length or 0
+    if size <= MAX_REPLY:
+        size = 0
+        async for piece in response.content.iter_any():
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_REPLY:
+                break
+    if size > MAX_REPLY:
+        raise ProtocolError(f"the reply is longer than {MAX_REPLY:,} bytes")
     return b"".join(pieces)
+
+
+def _address(url: str) -> tuple[str, str]:
+    """A base URL without a name and a password in it, and those."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.port  # noqa: B018 - it is parsed here
+    except ValueError as error:
+        raise ConfigError(f"base_url is no address: {error}") from None
+    account, _, host = parts.netloc.rpartition("@")
+    plain = urllib.parse.urlunsplit(parts._replace(netloc=host))
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        shown = plain.rpartition("@")[2]  # a password may stand there without the address being one
+        raise ConfigError(f"base_url={shown!r} is no address: it begins with http:// or https://")
+    if parts.query or parts.fragment:
+        raise ConfigError(
+            f"base_url={urllib.parse.urlunsplit((parts.scheme, host, parts.path, '', ''))!r} has something "
+            "behind it: that belongs into query="
+        )
+    return plain.rstrip("/"), urllib.parse.unquote(account)
 
 
 def _proxy_for(url: str) -> str | None:

@@ -12,6 +12,9 @@ HIDDEN = "**********"
 SHORTEST = 6
 """Characters below which a value is taken for a placeholder (``"EMPTY"``, ``"none"``), not a key."""
 
+_SCHEME = re.compile(r"(?:Basic|Bearer|Token)\s+(\S+)$", re.IGNORECASE)
+"""The value of a header whose key is what follows the first word."""
+
 _NAMES = re.compile(r"(key|token|secret|password|credential|authorization)s?$", re.IGNORECASE)
 
 
@@ -52,14 +55,20 @@ def reveal(value: str | SecretText) -> str:
 def find(settings: Any, named: bool = False) -> set[str]:
     """Every secret among settings, however deep: a SecretText, or text whose name says so."""
     if isinstance(settings, SecretText):
-        return {settings.get_secret_value()}
+        return _with_key(settings.get_secret_value())
     if isinstance(settings, str):
-        return {settings} if named else set()
+        return _with_key(settings) if named else set()
     if isinstance(settings, Mapping):
         return set().union(*(find(value, named or is_secret(str(key))) for key, value in settings.items()))
     if isinstance(settings, list | tuple):
         return set().union(*(find(value, named) for value in settings))
     return set()
+
+
+def _with_key(value: str) -> set[str]:
+    """A secret, and the key alone where it is a header's value: servers echo that without the scheme."""
+    scheme = _SCHEME.match(value)
+    return {value, scheme[1]} if scheme else {value}
 
 
 def mask(settings: Any, named: bool = False) -> Any:

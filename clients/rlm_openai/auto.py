@@ -8,6 +8,7 @@ a recording is never chosen.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from rlm import plugins
 from rlm.client import BaseLM, ModelInfo, Reply, Request, SupportsStream
 from rlm.errors import AuthError, ConfigError, ModelError
+from rlm.http import first_set
 
-from .client import UNNAMED, OpenAILM
+from .client import OPENAI, UNNAMED, OpenAILM
 
 KEYS = (
     ("OPENAI_API_KEY", "openai", "gpt-5.4-mini"),
@@ -54,7 +56,11 @@ class AutoLM(BaseLM):
         if self._found is not None:
             return None
         client, said = self._by_key() or await self._by_port()
-        said = await client.prepare() or said
+        try:
+            said = await client.prepare() or said
+        except BaseException:
+            await client.aclose()
+            raise
         self._found, self.model_name = client, client.model_name
         return f"backend 'auto': {said}"
 
@@ -67,8 +73,10 @@ class AutoLM(BaseLM):
         if not isinstance(client, SupportsStream):
             yield await client.complete(request)
             return
-        async for piece in client.stream(request):
-            yield piece
+        stream: Any = client.stream(request)
+        async with contextlib.aclosing(stream) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def info(self, model: str) -> ModelInfo:
         return self._chosen().info(model)
@@ -90,10 +98,12 @@ class AutoLM(BaseLM):
 
     def _by_key(self) -> tuple[BaseLM, str] | None:
         for variable, name, default in KEYS:
-            model = self._wanted or default
-            if os.environ.get(variable) and (model or "LLM_BASE_URL" in os.environ):
+            address = first_set(OPENAI.url_variables) if name == "openai" else None
+            elsewhere = address not in (None, OPENAI.base_url)  # where the default model is unknown
+            model = self._wanted or (None if elsewhere else default)
+            if os.environ.get(variable) and (model or elsewhere):
                 kind = plugins.load("rlm.clients", name)
-                client = kind(**({"model_name": model} if model else {}), **self._settings)
+                client = self._made(kind, f"backend {name!r}", **({"model_name": model} if model else {}))
                 return client, f"{variable} is set: {name}, model {model or 'of that server'}"
         return None
 
@@ -104,7 +114,8 @@ class AutoLM(BaseLM):
         for title, url, models in found:
             name = self._wanted or next(iter(models), None)
             if name in models:
-                client = OpenAILM(name, base_url=url, **{"context_window": models[name], **self._settings})
+                told = {"model_name": name, "base_url": url, "context_window": models[name]}
+                client = self._made(OpenAILM, "backend 'openai'", **told)
                 return client, f"{title} on {url} serves {name!r}"
         servers = "; ".join(
             f"{title} on {url} serves {', '.join(models) or 'nothing'}" for title, url, models in found
@@ -116,6 +127,10 @@ class AutoLM(BaseLM):
             f"{servers or 'none answers'}. Set a key, start a server, or name a backend (`rlm clients`).",
             sent=False,
         )
+
+    def _made(self, kind: Any, what: str, **found: Any) -> BaseLM:
+        client: BaseLM = plugins.construct(kind, {**found, **self._settings}, what)
+        return client
 
     async def _probe(self, title: str, port: int) -> tuple[str, str, dict[str, int | None]] | None:
         """What a server on this port serves, if it speaks OpenAI's API."""

@@ -8,7 +8,7 @@ import msgspec
 
 from rlm.client import Finish, Reply, Request, Usage
 from rlm.errors import ProtocolError
-from rlm.http import in_band
+from rlm.http import in_band, lenient
 
 FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length", "content_filter": "filter"}
 
@@ -28,9 +28,11 @@ class _Message(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    message: _Message = msgspec.field(default_factory=_Message)
-    delta: _Message = msgspec.field(default_factory=_Message)
+    message: _Message | None = None
+    delta: _Message | None = None
     finish_reason: str | None = None
+    error: Any = None
+    """OpenRouter's, where a model breaks off."""
 
 
 class _InputDetails(msgspec.Struct):
@@ -66,10 +68,18 @@ class _Completion(msgspec.Struct):
     """A whole reply, or one chunk of a streamed one."""
 
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: Any = None
+    """A `_Usage`, if it is one: a reply that was paid for is not lost for want of it."""
     id: str | None = None
     model: str | None = None
     error: Any = None
+
+    def first(self) -> _Choice:
+        """The only choice. Raises the error that is in the place of a reply."""
+        choice = self.choices[0] if self.choices else _Choice()
+        if self.error is not None or choice.error is not None:
+            raise in_band(choice.error if self.error is None else self.error)
+        return choice
 
 
 _decoder = msgspec.json.Decoder(_Completion)
@@ -105,11 +115,9 @@ class Chat:
 
     def reply(self, data: bytes, request: Request) -> Reply:
         completion = _decoder.decode(data)
-        if completion.error is not None:
-            raise in_band(completion.error)
-        if not completion.choices:
-            raise ProtocolError("the reply has no choices")
-        choice = completion.choices[0]
+        choice = completion.first()
+        if choice.message is None:
+            raise ProtocolError("the reply has no message")
         return _made(completion, choice.message.text(), choice.finish_reason, completion.usage, request)
 
     def assembler(self, request: Request) -> ChatAssembler:
@@ -123,7 +131,7 @@ class ChatAssembler:
         self._request = request
         self._pieces: list[str] = []
         self._last = _Completion()
-        self._usage: _Usage | None = None
+        self._usage: Any = None
         self._finish: str | None = None
         self._done = False
 
@@ -132,13 +140,12 @@ class ChatAssembler:
             self._done = True
             return ""
         chunk = _decoder.decode(data)
-        if chunk.error is not None:
-            raise in_band(chunk.error)
+        choice = chunk.first()
         self._last = chunk
         self._usage = chunk.usage or self._usage
-        choice = chunk.choices[0] if chunk.choices else _Choice()
         self._finish = choice.finish_reason or self._finish
-        piece = choice.delta.text() or choice.message.text()  # the latter where nothing was streamed
+        said = (choice.delta, choice.message)  # the latter where nothing was streamed
+        piece = next((text for part in said if part and (text := part.text())), "")
         self._pieces.append(piece)
         return piece
 
@@ -148,9 +155,8 @@ class ChatAssembler:
         return _made(self._last, "".join(self._pieces), self._finish, self._usage, self._request)
 
 
-def _made(
-    source: _Completion, text: str, reason: str | None, usage: _Usage | None, request: Request
-) -> Reply:
+def _made(source: _Completion, text: str, reason: str | None, told: Any, request: Request) -> Reply:
+    usage = lenient(told, _Usage)
     return Reply(
         text=text,
         finish=FINISH.get(reason, "other") if reason else "stop",

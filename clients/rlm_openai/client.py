@@ -55,7 +55,8 @@ class _Served(msgspec.Struct):
 
 
 class _Models(msgspec.Struct):
-    data: list[_Served]
+    data: list[_Served] | None
+    """Ollama without a model says null."""
 
 
 class OpenAILM(HTTPLM):
@@ -89,13 +90,16 @@ class OpenAILM(HTTPLM):
         if url is None:
             raise ConfigError(f"say where {preset.title} is: base_url='http://...'")
         self._is_home = url.rstrip("/") == (preset.base_url or url).rstrip("/")
-        key = self._key_header(api_key, url, chosen=base_url is not None)
+        key = self._key_header(api_key, url, headers or {}, chosen=base_url is not None)
         self.endpoint = Endpoint(url, {**key, **(headers or {})}, query)
         if model_name is None and self._is_home and preset.needs_key:
             raise ConfigError(f"say which of {preset.title}'s models is meant: model_name='...'")
         self.model_name = model_name or UNNAMED
         self._window = context_window
-        self._price = msgspec.convert(price, Price) if isinstance(price, Mapping) else price
+        try:
+            self._price = msgspec.convert(price, Price) if isinstance(price, Mapping) else price
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"price={price!r} is no price: {error}") from None
         cache_key = preset.cache_key and self._is_home
         field = preset.token_field if self._is_home else Preset.token_field
         self._dialect: Dialect = Chat(field, cache_key) if api == "chat" else Responses(cache_key)
@@ -120,8 +124,8 @@ class OpenAILM(HTTPLM):
         """The models of the server, each with its context window in tokens, if it tells."""
         data = await self.endpoint.get("/models", timeout)
         try:
-            models = msgspec.json.decode(data, type=_Models).data
-        except msgspec.MsgspecError as error:
+            models = msgspec.json.decode(data, type=_Models).data or []
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"{self.endpoint.base_url}/models is no list of models: {error}") from None
         return {model.id: model.max_model_len or _trained_window(model) for model in models}
 
@@ -134,9 +138,13 @@ class OpenAILM(HTTPLM):
             context_window=self._window or listed.context_window,
         )
 
-    def _key_header(self, given: str | SecretText | None, url: str, chosen: bool) -> dict[str, Secret]:
+    def _key_header(
+        self, given: str | SecretText | None, url: str, headers: Mapping[str, Any], chosen: bool
+    ) -> dict[str, Secret]:
         """The header with the key, wherever it comes from. A provider that needs one must get one."""
         preset = self.preset
+        if any(name.lower() == preset.key_header.lower() for name in headers):
+            return {}
         key = find_key(given, preset.key_variables, url, chosen)
         if key is None:
             if preset.needs_key and self._is_home:
@@ -206,9 +214,11 @@ class AzureOpenAILM(OpenAILM):
         **settings: Any,
     ) -> None:
         endpoint = azure_endpoint or first_set(("AZURE_OPENAI_ENDPOINT",))
+        if azure_endpoint is None and settings.get("base_url") is None:  # both are the environment's
+            settings["api_key"] = settings.get("api_key") or first_set(self.preset.key_variables)
         deployment = azure_deployment or first_set(("AZURE_OPENAI_DEPLOYMENT",)) or model_name
         version = api_version or first_set(("AZURE_OPENAI_API_VERSION",))
-        if "base_url" not in settings:
+        if settings.get("base_url") is None:
             if endpoint is None:
                 raise ConfigError("say where Azure OpenAI is: azure_endpoint= or AZURE_OPENAI_ENDPOINT")
             if deployment is None:

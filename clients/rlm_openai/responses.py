@@ -8,7 +8,7 @@ import msgspec
 
 from rlm.client import Finish, Reply, Request, Usage
 from rlm.errors import ProtocolError
-from rlm.http import in_band
+from rlm.http import in_band, lenient
 
 FINISH: dict[str | None, Finish] = {"max_output_tokens": "length", "content_filter": "filter"}
 
@@ -56,7 +56,8 @@ class _Response(msgspec.Struct):
     output: list[_Output] | None = None
     status: str | None = None
     incomplete_details: _Incomplete | None = None
-    usage: _Usage | None = None
+    usage: Any = None
+    """A `_Usage`, if it is one."""
     id: str | None = None
     model: str | None = None
     error: Any = None
@@ -64,7 +65,7 @@ class _Response(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     type: str = ""
-    delta: str | Any = None
+    delta: Any = None
     response: _Response | None = None
     error: Any = None
     message: str | None = None
@@ -84,7 +85,9 @@ class Responses:
         self._cache_key = cache_key
 
     def body(self, request: Request, model: str, stream: bool) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": model, "input": request.messages}
+        # OpenAI takes messages without a type too; llama.cpp none of the assistant's.
+        said = [{"type": "message", "role": m.role, "content": m.content} for m in request.messages]
+        body: dict[str, Any] = {"model": model, "input": said}
         if request.max_tokens is not None:
             body["max_output_tokens"] = request.max_tokens
         if request.temperature is not None:
@@ -108,6 +111,9 @@ class Responses:
         return ResponsesAssembler(request)
 
 
+_PIECES = ("response.output_text.delta", "response.refusal.delta")
+
+
 class ResponsesAssembler:
     """Typed events; the last of them holds the whole response."""
 
@@ -119,7 +125,7 @@ class ResponsesAssembler:
         if data == b"[DONE]":
             return ""
         event = _event_decoder.decode(data)
-        if event.type == "response.output_text.delta" and isinstance(event.delta, str):
+        if event.type in _PIECES and isinstance(event.delta, str):
             return event.delta
         if event.type in ("response.completed", "response.incomplete", "response.failed"):
             self._response = event.response
@@ -138,15 +144,18 @@ class ResponsesAssembler:
 def _made(response: _Response, request: Request) -> Reply:
     if response.error is not None:
         raise in_band(response.error)
+    if response.status in ("failed", "cancelled", "queued", "in_progress"):
+        raise ProtocolError(f"the reply is not finished: it is {response.status}")
     if response.output is None:
         raise ProtocolError("the reply has no output")
     said = [item for output in response.output if output.type == "message" for item in output.content or ()]
     text = "".join(content.text or content.refusal for content in said)
     reason = response.incomplete_details.reason if response.incomplete_details else None
+    usage = lenient(response.usage, _Usage)
     return Reply(
         text=text,
-        finish=FINISH.get(reason, "other") if reason else "stop",
-        usage=response.usage.normalised() if response.usage else Usage.estimate(request.messages, text),
+        finish=FINISH.get(reason, "other") if reason or response.status == "incomplete" else "stop",
+        usage=usage.normalised() if usage else Usage.estimate(request.messages, text),
         model=response.model,
         id=response.id,
     )
