@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from rlm.testing.dialects import Behaviour
+from rlm.testing.model_server import ModelServer
+
 ROOT = Path(__file__).parent.parent
 SAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
 
 
-PRINTED = ["one\n1\nfinal", "42\n 43 None\n42\n", "[10, 65534]\n()\n"]
-"""What each of them says that it prints."""
+PRINTED = [
+    "the butler\n",
+    "one\n1\nfinal",
+    "42\n 43 None\n42\n",
+    "[10, 65534]\n()\n",
+    "['1 characters', '3 characters']\n",
+]
+"""What each of them says that it prints, the first with a model that says so."""
 
 NUMBERS = {
     docker: [n for n, text in enumerate(SAMPLES) if ('"docker"' in text) is docker]
@@ -24,12 +34,20 @@ NUMBERS = {
 
 
 def assert_sample_runs(number: int, folder: Path) -> None:
-    """A sample of the README runs as it is printed."""
+    """A sample of the README runs as it is printed, beside a book, and with a model to be asked."""
     sample = folder / "sample.py"
     sample.write_text(SAMPLES[number])
-    done = subprocess.run(
-        [sys.executable, str(sample)], capture_output=True, text=True, timeout=60, check=False, cwd=folder
-    )
+    (folder / "book.txt").write_text("It was the butler.")
+    with ModelServer(Behaviour(text="```repl\nFINAL(context[7:17])\n```")) as server:
+        done = subprocess.run(
+            [sys.executable, str(sample)],
+            env={**os.environ, "OPENAI_API_KEY": "sk-of-the-reader", "OPENAI_BASE_URL": server.url},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=folder,
+        )
     assert done.returncode == 0, done.stderr
     assert PRINTED[number] in done.stdout
 

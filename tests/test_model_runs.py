@@ -365,3 +365,30 @@ def test_a_synchronous_and_an_asynchronous_function_are_told_apart() -> None:
         return Reply(cell("FINAL('awaited')"))
 
     assert RLM(backend=later).completion("x").response == "awaited"
+
+
+# --- a server that allows so many requests a second -------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [{}, {"openai": {"requests_per_minute": 60 * 25}}], ids=["found", "set"])
+@pytest.mark.parametrize("told", ["seconds", "ms", None])
+def test_a_server_that_refuses_costs_time_and_no_call(limits: dict[str, Any], told: Any) -> None:
+    calls = 75
+    code = f"replies = llm_query_batched([str(i) for i in range({calls})])\nFINAL(replies)"
+    with ModelServer(lambda seen: Behaviour(text=seen.text), rate=25, retry_after=told) as server:
+        rlm = RLM(
+            backend=root(code),
+            sub_backend="openai",
+            sub_backend_kwargs={"model_name": "m", "base_url": server.url},
+            rate_limits=limits,
+        )
+        with rlm:
+            result = rlm.completion("x")
+        assert result.value == [str(number) for number in range(calls)]
+        usage = result.usage_summary.model_usage_summaries["m"]
+        assert (usage.total_calls, usage.total_retries) == (calls, server.refused)
+        # those that were on their way when the first was refused, and then hardly any
+        assert server.refused <= calls + 5
+        assert server.early <= server.refused
+        if limits:
+            assert server.refused <= 5
