@@ -71,6 +71,11 @@ accounts() {
     printf '%s\n' root:x:0:0:root:/root:/bin/sh nobody:x:65534:65534:nobody:/tmp:/bin/sh >etc/passwd
     printf '%s\n' root:x:0: nogroup:x:65534: >etc/group
     printf '%s\n' 'passwd: files' 'group: files' 'hosts: files dns' >etc/nsswitch.conf
+    # mmdebstrap leaves this machine's; an engine gives each container its own
+    for name in hostname resolv.conf; do
+        rm -f "etc/$name"
+        : >"etc/$name"
+    done
 }
 
 certificates() {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from aimock_support import Aimock
 from llama_support import LlamaServer
 
 from rlm import http
@@ -516,3 +517,55 @@ async def test_a_request_longer_than_llama_cpp_reads_is_an_overflow(
     error = await failure(local, ask("x" * (llama.context + 100)))
     assert isinstance(error, ContextOverflow)
     assert error.window == llama.context
+
+
+# -- another's reading of the protocol
+
+
+@pytest_asyncio.fixture
+async def mocked(aimock: Aimock) -> AsyncIterator[AnthropicLM]:
+    made = AnthropicLM("claude-sonnet-5-5", base_url=aimock.root, api_key=KEY)
+    yield made
+    await made.aclose()
+
+
+async def test_aimock_answers_whole_and_in_pieces(aimock: Aimock, mocked: AnthropicLM) -> None:
+    aimock.reply("hello", "a reply of several pieces", usage={"input_tokens": 100, "output_tokens": 7})
+    whole = await reply_to(mocked, ask())
+    pieces, last = await streamed(mocked, ask())
+    assert whole.text == "".join(pieces) == last.text == "a reply of several pieces"
+    for reply in (whole, last):
+        assert (reply.usage.input_tokens, reply.usage.output_tokens) == (100, 7)
+        assert reply.finish == "stop"
+    assert [entry["path"] for entry in aimock.journal()] == ["/v1/messages"] * 2
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "expected"),
+    [
+        (401, "authentication_error", AuthError),
+        (404, "not_found_error", NotFound),
+        (400, "invalid_request_error", BadRequest),
+        (500, "api_error", Unavailable),
+        (529, "overloaded_error", Unavailable),
+    ],
+)
+async def test_errors_as_aimock_words_them_have_their_kind(
+    aimock: Aimock, mocked: AnthropicLM, status: int, kind: str, expected: type[ModelError]
+) -> None:
+    aimock.refuse("hello", status, type=kind)
+    error = await failure(mocked, ask())
+    assert (type(error), error.status) == (expected, status)
+
+
+async def test_too_many_requests_say_when_to_return(aimock: Aimock, mocked: AnthropicLM) -> None:
+    aimock.refuse("hello", 429, retry_after=7, type="rate_limit_error")
+    error = await failure(mocked, ask())
+    assert isinstance(error, RateLimited)
+    assert error.retry_after == 7
+    assert len(aimock.journal()) == 1
+
+
+async def test_what_is_no_json_is_a_protocol_error(aimock: Aimock, mocked: AnthropicLM) -> None:
+    aimock.chaos("malformedRate")
+    assert isinstance(await failure(mocked, ask()), ProtocolError)

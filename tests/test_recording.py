@@ -33,7 +33,21 @@ from rlm.client import (
 from rlm.errors import ConfigError, ModelError
 from rlm.recording import Recorded, Recorder, RecordingLM, load, request_key
 from rlm.secrets import Secret
+from rlm.testing import ClientSuite
+from rlm.testing.clients import Connect
+from rlm_openai import OpenAILM
 from rlm_scripted import ScriptedLM
+
+
+class TestSuite(ClientSuite):
+    """Being recorded changes nothing of what a client promises."""
+
+    speaks = "openai"
+
+    @pytest.fixture
+    def connect(self, tmp_path: Path) -> Connect:
+        return lambda url, key: RecordingLM(OpenAILM("m", base_url=url, api_key=key), tmp_path / "r.jsonl")
+
 
 TEXTS = st.text(st.one_of(st.characters(), st.sampled_from("\ud800\udcff\udfff")), max_size=50)
 MESSAGES = st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXTS), max_size=4)

@@ -17,6 +17,8 @@ from rlm.client import Message, Reply, Request, Usage
 from rlm.errors import ConfigError, ModelError, ReplayMiss
 from rlm.plugins import load
 from rlm.recording import Recorded, Recorder, RecordingLM
+from rlm.testing import ClientSuite
+from rlm.testing.clients import Connect
 from rlm_replay import ReplayLM
 from rlm_replay.nearest import common_prefix, common_suffix, nearest
 from rlm_scripted import ScriptedLM
@@ -26,6 +28,16 @@ Record = Callable[..., Path]
 
 def ask(*texts: str, **fields: Any) -> Request:
     return Request(tuple(Message("user", text) for text in texts or ("hello",)), **fields)
+
+
+class TestSuite(ClientSuite):
+    speaks = None
+
+    @pytest.fixture
+    def connect(self, record: Record) -> Connect:
+        asked = ["hello", *(f"call {i}" for i in range(50)), "what the user wants nobody to know"]
+        path = record(*((ask(text), f"of {text}") for text in asked))
+        return lambda url, key: ReplayLM(path)
 
 
 @pytest.fixture
