@@ -30,7 +30,9 @@ class Broken(LocalREPL):
 
 def sessions() -> set[int]:
     """The processes of sessions that are open, or closing."""
-    return {pid for pid in descendants(os.getpid()) if LocalSuite().is_leftover(pid)}
+    left = {pid for pid in descendants(os.getpid()) if LocalSuite().is_leftover(pid)}
+    servers = {pid for pid in left if parents().get(pid) == os.getpid()}  # of other tests: no fork server's
+    return left - servers - {pid for server in servers for pid in descendants(server)}
 
 
 def test_failed_starts_say_why_and_leak_nothing(wall: str) -> None:

@@ -54,7 +54,7 @@ STATES = {
 }  # fmt: skip
 """What a session may be like when it is closed."""
 
-NEEDS = {"threads": ["threads"], "daemons": ["processes"], "program": ["processes"], "bomb": ["processes"],
+NEEDS = {"threads": ["threads"], "daemons": ["processes"], "program": ["processes"], "bomb": ["processes", "isolation"],
          "files": ["files"], "director": ["files"], "names": ["files"], "stopped": ["threads"]}  # fmt: skip
 
 CELLS = {
