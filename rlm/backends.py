@@ -85,6 +85,17 @@ class Backends:
         notes = [await gate.client.prepare() for gate in self.gates]
         return [self.hide(note) for note in notes if note]
 
+    def check_prices(self) -> None:
+        """Raises ConfigError for a model whose calls nobody can tell the cost of."""
+        for gate in self.gates:
+            model = gate.client.model_name
+            info = gate.info(model)
+            if info.price is None and not info.tells_cost:
+                raise ConfigError(
+                    f"max_budget is set, and nobody knows what {model!r} ({gate.name}) costs: say so, with "
+                    f"prices={{{model!r}: {{'input': ..., 'output': ...}}}} in dollars for a million tokens"
+                )
+
     async def aclose(self) -> None:
         """Close what was made for these, and not what was given. Safe to call twice."""
         for gate in self.gates:

@@ -131,6 +131,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     price: Price | None = None
     supports: frozenset[Feature] | None = None
     """What may be asked of it."""
+    tells_cost: bool = False
+    """Whether every reply says what it cost, so that no price is needed."""
 
 
 class BaseLM(ABC):

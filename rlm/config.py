@@ -11,7 +11,7 @@ import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -78,6 +78,21 @@ class Config(BaseModel):
         description="Seconds one cell may compute; waiting for models does not count.",
     )
     max_calls: int | None = Field(None, ge=1, description="Model calls of the run and its children.")
+    max_sub_calls: int | None = Field(
+        None, ge=1, description="Those of them that cells make, with the turns of child runs."
+    )
+    max_children: int | None = Field(None, ge=1, description="Child runs of the whole tree, at any depth.")
+    max_tokens: int | None = Field(None, ge=1, description="Input and output tokens of the whole tree.")
+    max_sub_tokens: int | None = Field(
+        None, ge=1, description="Those of them that cells use, with the turns of child runs."
+    )
+    max_budget: float | None = Field(
+        None, gt=0, description="US dollars for the run and its children. Every model's price must be known."
+    )
+    on_limit: Literal["raise", "answer"] = Field(
+        "raise",
+        description="When calls, tokens or dollars are used up: raise, or ask once for the best answer.",
+    )
     max_errors: int | None = Field(
         None, ge=1, description="Turns in a row whose cells may fail before the run ends."
     )

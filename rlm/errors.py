@@ -27,6 +27,9 @@ RLMError
  `- LimitExceeded           a limit of the run was reached
      |- MaxIterationsExceeded
      |- MaxCallsExceeded
+     |- MaxChildrenExceeded
+     |- MaxTokensExceeded
+     |- BudgetExceeded
      |- TimeoutExceeded
      |- ErrorThresholdExceeded
      `- Cancelled
@@ -41,6 +44,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from .client import UsageSummary
     from .events import Trace
+    from .ledger import Limits
 
 
 class RLMError(Exception):
@@ -54,6 +58,9 @@ class RLMError(Exception):
 
     trace: Trace | None = None
     """Every event of the run tree."""
+
+    limits: Limits | None = None
+    """What the run tree might have used."""
 
 
 class ConfigError(RLMError, ValueError):
@@ -204,6 +211,24 @@ class MaxCallsExceeded(LimitExceeded):
     """The model calls of the run tree are used up."""
 
     name = "max_calls"
+
+
+class MaxChildrenExceeded(LimitExceeded):
+    """The child runs of the run tree are used up."""
+
+    name = "max_children"
+
+
+class MaxTokensExceeded(LimitExceeded):
+    """The tokens of the run tree are used up."""
+
+    name = "max_tokens"
+
+
+class BudgetExceeded(LimitExceeded):
+    """The money of the run tree is used up."""
+
+    name = "max_budget"
 
 
 class TimeoutExceeded(LimitExceeded):

@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from .client import (
     CHARACTERS_PER_TOKEN,
     BaseLM,
+    ModelInfo,
     Price,
     Reply,
     Request,
@@ -210,6 +213,7 @@ class Gate:
         self._own_pool = (Pool(self.name),)
         self._pool_for = pool_for or (lambda provider, model: self._own_pool)
         self._pools: dict[str, Sequence[Pool]] = {}
+        self._infos: dict[str, ModelInfo] = {}
         self._prices: dict[str, Price | None] = {**(prices or {})}
 
     def price(self, model: str) -> Price | None:
@@ -217,6 +221,13 @@ class Gate:
         if model not in self._prices:
             self._prices[model] = self.client.info(model).price
         return self._prices[model]
+
+    def info(self, model: str) -> ModelInfo:
+        """What is known of a model, with what it costs."""
+        if model not in self._infos:
+            known = self.client.info(model)
+            self._infos[model] = msgspec.structs.replace(known, price=self.price(model))
+        return self._infos[model]
 
     async def call(
         self,

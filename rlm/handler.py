@@ -145,23 +145,28 @@ class LMHandler:
         sub = caller.kind == "sub" or caller.depth > 0
         gate = self.models.choose(model, sub=sub)
         call = _Call(self, caller, gate.client.model_name, messages[prefix:], prefix)
+        request = self._request(messages, caller, sub)
+        held = await self.ledger.reserve(request, call.model, gate.info(call.model), sub=sub)
         try:
             reply = await gate.call(
-                self._request(messages, caller, sub),
+                request,
                 call,
                 slots=self._slots,
                 seconds_left=self.ledger.seconds_left,
                 stream=self._stream and caller.kind == "root",
             )
+            name = reply.model or call.model
+            reply = _priced(reply, gate.price(name) or gate.price(call.model))
+            call.replied(reply, name)
+            self.ledger.learn(call.model, request, reply.usage, sub=sub)
         except BaseException as error:
             failure = self._as_ours(error)
             call.failed(failure)
             if failure is error:
                 raise
             raise failure from failure.__cause__
-        name = reply.model or call.model
-        reply = _priced(reply, gate.price(name) or gate.price(call.model))
-        call.replied(reply, name)
+        finally:
+            self.ledger.release(held)
         return reply
 
     def _request(self, messages: Sequence[Message], caller: Caller, sub: bool) -> Request:
@@ -218,6 +223,7 @@ class _Call:
         self.model = model
         self._handler = handler
         self._caller = caller
+        self._sub = caller.kind == "sub" or caller.depth > 0
         self._messages = list(messages)
         self._prefix = prefix
         self._number = 0
@@ -229,7 +235,7 @@ class _Call:
         """The first attempt takes the call from the budget. Raises LimitExceeded when it has none left."""
         if self._number:
             return
-        self._number = self._handler.ledger.reserve_call()
+        self._number = self._handler.ledger.reserve_call(sub=self._sub)
         self._start = time.perf_counter()
         self._emit(
             ModelRequested,
@@ -256,7 +262,7 @@ class _Call:
             self._told_at = now
 
     def replied(self, reply: Reply, model: str) -> None:
-        self._handler.ledger.settle(model, reply.usage)
+        self._handler.ledger.settle(model, reply.usage, sub=self._sub)
         self._emit(
             ModelReplied,
             kind=self._caller.kind, model=model, text=reply.text, finish=reply.finish, usage=reply.usage,

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from . import context as contexts
 from . import prompts, protocol
@@ -38,7 +38,7 @@ from .handler import Caller, LMHandler
 from .ledger import Ledger
 from .parsing import CodeBlock, ParsedReply, parse_reply
 
-Stopped = Literal["final", "max_iterations", "plain"]
+Stopped = Literal["final", "plain", "max_iterations", "max_calls", "max_children", "max_tokens", "max_budget"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,13 @@ class Run:
         limits = self._tree.ledger.limits
         self._messages = self._opening()
         for self._iteration in range(1, limits.max_iterations + 1):
-            reply = await self._ask()
+            try:
+                reply = await self._ask()
+            except LimitExceeded as error:
+                if limits.on_limit == "raise" or self._depth > 0:
+                    raise
+                self._tree.ledger.open_reserve()
+                return await self._best_answer(error)
             self._messages.append(Message("assistant", reply.text))
             parsed = parse_reply(reply.text)
             self._note_prose(reply.text, parsed)
@@ -173,7 +179,9 @@ class Run:
                 return Outcome(final.final_answer or "", final.final_value, "final", self._iteration)
             self._messages.append(Message("user", observation))
             self._check_failures()
-        return await self._best_answer()
+        limit = limits.max_iterations
+        message = f"the run used its {limit} iterations"
+        return await self._best_answer(MaxIterationsExceeded(message, limit=limit, used=limit))
 
     # -- talking to the model
 
@@ -201,22 +209,19 @@ class Run:
     def _caller(self, kind: Literal["root", "sub"]) -> Caller:
         return Caller(self._id, self._parent, self._depth, kind)
 
-    async def _best_answer(self) -> Outcome:
-        """The iterations are used up: ask once, and take what comes for what it is."""
-        limit = self._tree.ledger.limits.max_iterations
-        message = f"the run used its {limit} iterations"
-        self._emit(LimitReached, limit="max_iterations", message=message)
+    async def _best_answer(self, reached: LimitExceeded) -> Outcome:
+        """A limit is reached: ask once, and take what comes for what it is."""
+        self._emit(LimitReached, limit=reached.name, message=str(reached))
         last = self._messages[-1]
         self._messages[-1] = Message("user", f"{last.content}\n\n{prompts.text('out_of_iterations')}")
         try:
             reply = await self._ask()
         except LimitExceeded as error:
-            raise MaxIterationsExceeded(
-                f"{message}, and could not be asked for its best answer: {error}", limit=limit, used=limit
-            ) from error
+            reached.args = (f"{reached}, and could not be asked for its best answer: {error}",)
+            raise reached from error
         directive = parse_reply(reply.text).directive
         text = directive.text if directive is not None and directive.kind == "FINAL" else reply.text
-        return Outcome(text.strip(), None, "max_iterations", limit)
+        return Outcome(text.strip(), None, cast(Stopped, reached.name), self._iteration)
 
     # -- acting on a reply
 
@@ -343,6 +348,7 @@ class Run:
 
     async def _ask_child(self, prompt: str, context: str | None, model: str | None) -> str:
         question = None if context is None else prompt
+        self._tree.ledger.reserve_child()
         child = Run(
             self._tree,
             prompt if context is None else context,
@@ -387,6 +393,7 @@ class Run:
             error.partial_answer = self.partial
             error.usage = usage
             error.trace = self._tree.events.trace
+            error.limits = self._tree.ledger.limits
 
 
 def _survival(result: REPLResult) -> str:

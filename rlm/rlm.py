@@ -37,7 +37,7 @@ class RLMChatCompletion:
     value: Any
     """The final answer as data, when it was plain data and not a str; else None."""
     stopped: Stopped
-    """``"final"``: submitted. ``"max_iterations"``: the best there was when the turns ran out."""
+    """``"final"``: submitted. The name of a limit: the best there was when it was reached."""
     root_model: str
     iterations: int
     execution_time: float
@@ -51,7 +51,7 @@ class RLMChatCompletion:
     @property
     def is_best_effort(self) -> bool:
         """Whether the answer was asked for when a limit was reached, and not submitted."""
-        return self.stopped == "max_iterations"
+        return self.stopped not in ("final", "plain")
 
 
 class RLM:
@@ -199,7 +199,10 @@ class RLM:
         if self._backends is None:
             self._backends = connect(self.config)
             self._finalizer = weakref.finalize(self, hostloop.run_at_end, self._backends.aclose)
-        return self._backends, await self._backends.prepare()
+        notes = await self._backends.prepare()
+        if self.config.max_budget is not None:
+            self._backends.check_prices()
+        return self._backends, notes
 
 
 class REPL:

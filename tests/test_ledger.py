@@ -1,5 +1,6 @@
 """Facts about the accounts of a run tree."""
 
+import asyncio
 import dataclasses
 import json
 
@@ -7,8 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlm.client import Usage
-from rlm.errors import MaxCallsExceeded, TimeoutExceeded
+from rlm.client import Message, ModelInfo, Price, Request, Usage
+from rlm.errors import (
+    BudgetExceeded,
+    MaxCallsExceeded,
+    MaxChildrenExceeded,
+    MaxTokensExceeded,
+    TimeoutExceeded,
+)
 from rlm.ledger import Ledger, Limits
 
 relaxed = settings(deadline=None)
@@ -129,15 +136,166 @@ def test_usage_is_a_copy() -> None:
 def test_the_budget_of_an_unlimited_run_has_no_numbers_but_what_was_used() -> None:
     ledger = Ledger(Limits())
     ledger.reserve_call()
-    assert ledger.budget(7) == {"iterations": 7, "calls": None, "seconds": None, "calls_made": 1}
+    assert ledger.budget(7) == {
+        "iterations": 7, "calls": None, "tokens": None, "dollars": None, "seconds": None, "calls_made": 1,
+    }  # fmt: skip
 
 
 def test_the_budget_says_what_is_left_and_never_less_than_nothing() -> None:
-    ledger = Ledger(Limits(max_calls=5, max_timeout=1e-9))
-    assert ledger.budget(0) == {"iterations": 0, "calls": 5, "seconds": 0.0, "calls_made": 0}
+    ledger = Ledger(Limits(max_calls=5, max_timeout=1e-9, max_tokens=100, max_budget=2.0))
+    ledger.in_flight = 1
+    ledger.settle("m", Usage(6, 4, cost=0.5))
+    assert ledger.budget(0) == {
+        "iterations": 0, "calls": 5, "tokens": 90, "dollars": 1.5, "seconds": 0.0, "calls_made": 0,
+    }  # fmt: skip
     assert json.loads(json.dumps(ledger.budget(0))) == ledger.budget(0)
 
 
 def test_limits_cannot_be_changed_while_a_run_goes_by_them() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Limits().max_calls = 5  # type: ignore[misc]
+
+
+# --- tokens and money -------------------------------------------------------------------------------------
+
+TELLS = ModelInfo(tells_cost=True)
+ASKS = Request((Message("user", "x" * 400),))
+
+
+async def spend(ledger: Ledger, usage: Usage, *, sub: bool = True, info: ModelInfo = TELLS) -> None:
+    """One call, from its reservation to its settlement."""
+    held = await ledger.reserve(ASKS, "m", info, sub=sub)
+    try:
+        ledger.reserve_call(sub=sub)
+        await asyncio.sleep(0.001)
+        ledger.settle("m", usage, sub=sub)
+        ledger.learn("m", ASKS, usage, sub=sub)
+    finally:
+        ledger.release(held)
+
+
+async def test_the_first_call_of_a_model_is_made_alone() -> None:
+    ledger = Ledger(Limits(max_budget=1.0))
+    most = 0
+
+    async def call() -> None:
+        nonlocal most
+        held = await ledger.reserve(ASKS, "m", TELLS, sub=True)
+        ledger.reserve_call(sub=True)
+        first = ledger.calls == 1
+        await asyncio.sleep(0.01)
+        if first:
+            assert ledger.in_flight == 1
+        most = max(most, ledger.in_flight)
+        ledger.settle("m", Usage(1, 1, cost=0.01))
+        ledger.learn("m", ASKS, Usage(1, 1, cost=0.01), sub=True)
+        ledger.release(held)
+
+    await asyncio.gather(*(call() for _ in range(10)))
+    assert most == 9
+
+
+@pytest.mark.parametrize("width", [1, 3, 20, 200])
+async def test_money_is_never_exceeded_however_many_calls_are_made_at_once(width: int) -> None:
+    ledger = Ledger(Limits(max_budget=0.045))
+    calls = (spend(ledger, Usage(10, 10, cost=0.01)) for _ in range(width))
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    made = sum(outcome is None for outcome in outcomes)
+    assert made == min(width, 4)
+    assert {type(outcome) for outcome in outcomes} <= {type(None), BudgetExceeded}
+    assert ledger.usage().total_cost == pytest.approx(0.01 * made)
+    assert ledger.cost.used == pytest.approx(0.01 * made)
+    assert (ledger.cost.held, ledger.in_flight) == (pytest.approx(0), 0)
+
+
+async def test_a_call_that_may_yet_fit_waits_for_those_in_flight() -> None:
+    ledger = Ledger(Limits(max_tokens=1000))
+    await spend(ledger, Usage(100, 300))  # the dear one
+    await asyncio.gather(spend(ledger, Usage(100, 10)), spend(ledger, Usage(100, 10)))
+    assert ledger.tokens.used == 620  # each was taken to be as dear as the first: both would not have fit
+
+
+@relaxed
+@given(
+    st.integers(1, 2000),
+    st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=40),
+)
+def test_tokens_go_over_by_no_more_than_what_the_calls_in_flight_used_beyond_their_reservation(
+    limit: int, used: list[tuple[int, int]]
+) -> None:
+    ledger = Ledger(Limits(max_tokens=limit))
+    beyond = 0.0
+
+    async def call(usage: Usage) -> None:
+        nonlocal beyond
+        held = await ledger.reserve(ASKS, "m", TELLS, sub=True)
+        ledger.reserve_call()
+        await asyncio.sleep(0)
+        beyond += max(usage.input_tokens + usage.output_tokens - held.tokens, 0)
+        ledger.settle("m", usage)
+        ledger.learn("m", ASKS, usage, sub=True)
+        ledger.release(held)
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(call(Usage(*tokens)) for tokens in used), return_exceptions=True)
+
+    asyncio.run(all_at_once())
+    assert ledger.tokens.used <= limit + beyond
+    assert ledger.tokens.held == pytest.approx(0)
+
+
+async def test_a_failed_or_cancelled_call_gives_back_what_it_held() -> None:
+    ledger = Ledger(Limits(max_budget=1.0))
+    held = await ledger.reserve(ASKS, "m", TELLS, sub=False)
+    waiting = asyncio.create_task(ledger.reserve(ASKS, "m", TELLS, sub=False))
+    cancelled = asyncio.create_task(ledger.reserve(ASKS, "m", TELLS, sub=False))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    ledger.release(held)
+    assert (await waiting).cost == pytest.approx(1.0)
+
+
+async def test_prices_make_an_estimate_of_what_has_not_been_seen() -> None:
+    price = Price(input=1_000_000, output=2_000_000)  # one dollar a token, and two
+    ledger = Ledger(Limits(max_budget=1000.0))
+    await spend(ledger, Usage(100, 10, cost=120.0), info=ModelInfo(price=price))
+    held = await ledger.reserve(Request((Message("user", "x" * 800),)), "m", ModelInfo(price=price), sub=True)
+    assert (held.tokens, held.cost) == (210, 220)
+    capped = Request((Message("user", "x" * 400),), max_tokens=50)
+    assert (await ledger.reserve(capped, "m", ModelInfo(price=price), sub=True)).cost == 200
+
+
+async def test_sub_calls_have_limits_of_their_own() -> None:
+    ledger = Ledger(Limits(max_sub_tokens=100, max_sub_calls=3))
+    await spend(ledger, Usage(500, 500), sub=False)
+    await spend(ledger, Usage(60, 50))
+    with pytest.raises(MaxTokensExceeded, match="110 of its 100 tokens of sub-calls"):
+        await spend(ledger, Usage(1, 1))
+    await spend(ledger, Usage(500, 500), sub=False)
+    free = Ledger(Limits(max_sub_calls=2))
+    for _ in range(2):
+        free.reserve_call(sub=True)
+    with pytest.raises(MaxCallsExceeded, match="raise max_sub_calls"):
+        free.reserve_call(sub=True)
+    free.reserve_call()
+
+
+def test_children_are_counted() -> None:
+    ledger = Ledger(Limits(max_children=2))
+    ledger.reserve_child()
+    ledger.reserve_child()
+    with pytest.raises(MaxChildrenExceeded, match=r"2 child runs.*raise max_children"):
+        ledger.reserve_child()
+
+
+async def test_a_reserve_is_kept_for_the_last_answer_and_then_opened() -> None:
+    ledger = Ledger(Limits(max_calls=2, max_budget=1.0, on_limit="answer"))
+    ledger.reserve_call()
+    with pytest.raises(MaxCallsExceeded):
+        ledger.reserve_call()
+    assert ledger.cost.left == pytest.approx(0.95)
+    ledger.open_reserve()
+    assert ledger.cost.left == pytest.approx(1.0)
+    assert ledger.reserve_call() == 2
+    with pytest.raises(MaxCallsExceeded):
+        ledger.reserve_call()

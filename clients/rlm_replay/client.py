@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from rlm import jsontext, recording
-from rlm.client import BaseLM, Reply, Request
+from rlm.client import BaseLM, ModelInfo, Reply, Request
 from rlm.errors import ReplayMiss
 
 from .nearest import nearest
@@ -51,6 +51,9 @@ class ReplayLM(BaseLM):
         count = len(self._recorded)
         replies = "reply" if count == 1 else "replies"
         return f"replaying {count:,} recorded {replies} of {models} from {self._path}, recorded {first}"
+
+    def info(self, model: str) -> ModelInfo:
+        return ModelInfo(tells_cost=True)
 
     async def complete(self, request: Request) -> Reply:
         model = request.model or self._model

@@ -12,7 +12,9 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
-from rlm.client import BaseLM, Message, Reply, Request, Usage
+import msgspec
+
+from rlm.client import BaseLM, Message, ModelInfo, Reply, Request, Usage
 from rlm.errors import ConfigError, ModelError, ScriptExhausted
 
 Step = str | Reply | Exception | Callable[[Sequence[Message]], Any]
@@ -23,7 +25,8 @@ class ScriptedLM(BaseLM):
     """Answers calls from rules first, then from a script, one step a call.
 
     ``latency`` is in seconds and applies to every call; ``fail_calls`` are the numbers
-    (from 1) of calls that fail with ModelError. Running out of script raises
+    (from 1) of calls that fail with ModelError; ``cost`` is what each call is said to have cost,
+    in dollars. Running out of script raises
     ScriptExhausted, which says how many calls were made.
     """
 
@@ -36,6 +39,7 @@ class ScriptedLM(BaseLM):
         rules: Iterable[tuple[str, Step] | tuple[str, Step, bool]] = (),
         latency: float = 0.0,
         fail_calls: Iterable[int] = (),
+        cost: float | None = None,
         model_name: str = "scripted",
     ) -> None:
         self.model_name = model_name
@@ -46,6 +50,7 @@ class ScriptedLM(BaseLM):
         self._length = len(self._script)
         self._rules: list[tuple[Callable[[str], bool], Step]] = []
         self._latency = latency
+        self._cost = cost
         self._fail_calls = frozenset(fail_calls)
         for rule in rules:
             self.add_rule(*rule)
@@ -98,7 +103,11 @@ class ScriptedLM(BaseLM):
             return step
         if not isinstance(step, str):
             raise ConfigError(f"a scripted reply is a str or a Reply, not {type(step).__name__}")
-        return Reply(text=step, usage=Usage.estimate(messages, step), model=self.model_name)
+        usage = msgspec.structs.replace(Usage.estimate(messages, step), cost=self._cost)
+        return Reply(text=step, usage=usage, model=self.model_name)
+
+    def info(self, model: str) -> ModelInfo:
+        return ModelInfo(tells_cost=self._cost is not None)
 
 
 async def _awaited(value: Awaitable[Any]) -> Any:
