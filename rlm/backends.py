@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 from . import plugins, secrets
 from .adapter import SyncLM
 from .client import BaseLM
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, RLMError
 from .gate import Gate, Policy, Pool
 from .pace import RateLimit, SharedTimes
 from .recording import Recorder
 
 if TYPE_CHECKING:
     from .config import Config
+
+
+log = logging.getLogger("rlm")
 
 
 class Backends:
@@ -29,6 +35,7 @@ class Backends:
         *,
         keys: frozenset[str] = frozenset(),
         recorder: Recorder | None = None,
+        limited: Sequence[str] = (),
         sampling: Mapping[str, Any] | None = None,
         sub_sampling: Mapping[str, Any] | None = None,
     ) -> None:
@@ -36,13 +43,14 @@ class Backends:
         self._sub = sub or (self.gates[0] if self.gates else None)
         self._keys = keys
         self._recorder = recorder
+        self._limited = limited
         self._sampling = _fields(sampling or {})
         self._sub_sampling = self._sampling if sub_sampling is None else _fields(sub_sampling)
 
     @classmethod
-    def of(cls, client: BaseLM | None) -> Backends:
+    def of(cls, client: BaseLM | None, *, owned: bool = False) -> Backends:
         """One client for everything; or none, and every call fails with a sentence that says so."""
-        return cls([Gate(client)] if client is not None else [])
+        return cls([Gate(client, owned=owned)] if client is not None else [])
 
     @property
     def root(self) -> Gate:
@@ -60,7 +68,7 @@ class Backends:
         gate = self._names().get(model) if self.gates else self.root
         if gate is None:
             raise ModelError(
-                f"this run offers no model {model!r}; it offers {', '.join(map(repr, self._names()))}. "
+                f"this run offers no model {model!r}; it offers {self._offered()}. "
                 "The second argument of llm_query is the name of a model: text belongs in the prompt.",
                 sent=False,
             )
@@ -71,19 +79,38 @@ class Backends:
         return self._sub_sampling if sub else self._sampling
 
     def _names(self) -> dict[str, Gate]:
-        """A model's own name, its backend's where that is no model's, and both for two of one name."""
+        """A model's own name; its backend's where that is no model's; both, for two of one name."""
         names: dict[str, Gate] = {}
         for gate in self.gates:
-            names.setdefault(gate.client.model_name, gate)
+            for name in (gate.client.model_name, *getattr(gate.client, "model_names", ())):
+                names.setdefault(name, gate)
         for gate in self.gates:
-            if names[gate.client.model_name] is not gate:
-                names.setdefault(f"{gate.name}/{gate.client.model_name}", gate)
+            names.setdefault(gate.name, gate)
+            names.setdefault(f"{gate.name}/{gate.client.model_name}", gate)
         return names
+
+    def _offered(self) -> str:
+        """The names worth telling: one for each gate."""
+        names = self._names()
+        first = {id(gate): name for name, gate in reversed(names.items())}
+        return ", ".join(repr(first[id(gate)]) for gate in self.gates if id(gate) in first)
 
     async def prepare(self) -> list[str]:
         """Ready every client. Returns what they have to say to the user."""
-        notes = [await gate.client.prepare() for gate in self.gates]
-        return [self.hide(note) for note in notes if note]
+        try:
+            notes = [await gate.client.prepare() for gate in self.gates]
+        except Exception as error:  # a boundary: a client is somebody else's code
+            failure = self.as_ours(error)
+            raise failure from failure.__cause__
+        return [self.hide(note) for note in [*notes, *self._unused_limits()] if note]
+
+    def _unused_limits(self) -> list[str]:
+        known = {"*", *self._names(), *(gate.name for gate in self.gates)}
+        return [
+            f"rate_limits: {name!r} is no backend and no model of this RLM, which has {self._offered()}"
+            for name in self._limited
+            if name not in known
+        ]
 
     def check_prices(self) -> None:
         """Raises ConfigError for a model whose calls nobody can tell the cost of."""
@@ -98,48 +125,82 @@ class Backends:
 
     async def aclose(self) -> None:
         """Close what was made for these, and not what was given. Safe to call twice."""
-        for gate in self.gates:
-            if gate.owned:
-                await gate.client.aclose()
-        if self._recorder is not None:
-            self._recorder.close()
+        try:
+            closing = [gate.client.aclose() for gate in self.gates if gate.owned]
+            for outcome in await asyncio.gather(*closing, return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    log.warning("a client could not be closed: %s", self.hide(repr(outcome)))
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
 
     def hide(self, text: str) -> str:
         """A text without keys: those in the settings, and those in the environment."""
         return secrets.hide(text, self._keys | secrets.in_environment())
+
+    def as_ours(self, error: Exception) -> RLMError:
+        """An error of this framework's own kinds, and without keys in anything that is printed of it."""
+        told = "".join(traceback.format_exception(error))
+        hidden = self.hide(str(error))
+        if isinstance(error, RLMError):
+            failure: RLMError = error
+            if hidden != str(error):
+                failure.args = (hidden,)
+        else:
+            failure = ModelError(f"the model call failed: {type(error).__name__}: {hidden}")
+            failure.__cause__ = error
+        if self.hide(told) != told:  # a traceback shows what an error came of, too
+            failure.__cause__ = failure.__context__ = None
+        if isinstance(failure, ModelError):
+            failure.code = failure.code and self.hide(failure.code)
+            failure.request_id = failure.request_id and self.hide(failure.request_id)
+        return failure
 
 
 def connect(config: Config) -> Backends:
     """The clients that a config names. Raises ConfigError or PluginError for what cannot be had."""
     policy = Policy(config.max_retries, config.call_timeout, config.hedge_after)
     pools = _Pools(config.rate_limits, config.share_rate_limits)
+    wanted = _wanted(config)
+    clients = [client_of(backend, kwargs) for backend, kwargs in wanted]
     recorder = Recorder(config.record) if config.record is not None else None
+    gates = [
+        Gate(
+            recorder.record(client) if recorder is not None else client,
+            name_of(backend),
+            owned=not isinstance(backend, BaseLM),
+            policy=policy,
+            pool_for=functools.partial(pools.of, name_of(backend)),
+            prices=config.prices,
+        )
+        for client, (backend, _) in zip(clients, wanted, strict=True)
+    ]
+    told = [config.sampling_args, config.sub_sampling_args, *(kwargs for _, kwargs in wanted)]
+    return Backends(
+        gates,
+        sub=gates[1] if len(gates) > 1 else None,  # without a sub_backend the first of the others, as in rlms
+        keys=frozenset(secrets.find(told)),
+        recorder=recorder,
+        limited=tuple(config.rate_limits),
+        sampling=config.sampling_args,
+        sub_sampling=config.sub_sampling_args,
+    )
+
+
+def _wanted(config: Config) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Every backend with its keywords: the root's, that of sub-calls, the others."""
     wanted = [(config.backend, config.backend_kwargs)]
     if config.sub_backend is not None:
         wanted.append((config.sub_backend, config.sub_backend_kwargs))
+    elif config.sub_backend_kwargs:
+        raise ConfigError("sub_backend_kwargs have no use without a sub_backend")
     settings = config.other_backend_kwargs or [{}] * len(config.other_backends)
     if len(settings) != len(config.other_backends):
         raise ConfigError(
             f"other_backend_kwargs has {len(settings)} entries, and other_backends has "
             f"{len(config.other_backends)}: there is one for each"
         )
-    wanted += zip(config.other_backends, settings, strict=True)
-    gates = []
-    for backend, kwargs in wanted:
-        client, name = _client(backend, kwargs), name_of(backend)
-        if recorder is not None:
-            client = recorder.record(client)
-        pool_for = functools.partial(pools.of, name)
-        owned = not isinstance(backend, BaseLM)
-        gates.append(Gate(client, name, owned=owned, policy=policy, pool_for=pool_for, prices=config.prices))
-    return Backends(
-        gates,
-        sub=gates[1] if len(gates) > 1 else None,  # without a sub_backend the first of the others, as in rlms
-        keys=frozenset(secrets.find([kwargs for _, kwargs in wanted])),
-        recorder=recorder,
-        sampling=config.sampling_args,
-        sub_sampling=config.sub_sampling_args,
-    )
+    return [*wanted, *zip(config.other_backends, settings, strict=True)]
 
 
 class _Pools:
@@ -148,23 +209,30 @@ class _Pools:
     def __init__(self, limits: Mapping[str, RateLimit], shared: Path | None) -> None:
         self._limits = limits
         self._shared = shared
+        if shared is not None:
+            try:
+                shared.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"share_rate_limits: no folder {str(shared)!r}: {error.strerror}") from None
         self._pools: dict[str, Pool] = {}
 
     def of(self, backend: str, provider: str, model: str) -> Sequence[Pool]:
         limit = self._limits.get(backend) or self._limits.get("*")
         pools = [self._pool(provider, limit)]
-        if model in self._limits:
-            pools.append(self._pool(f"{provider} {model}", self._limits[model]))
+        if model in self._limits:  # first, so that who waits for it holds no place among all the others
+            pools.insert(0, self._pool(f"{model} of {provider}", self._limits[model]))
         return pools
 
     def _pool(self, name: str, limit: RateLimit | None) -> Pool:
         if name not in self._pools:
-            times = SharedTimes(self._shared, name) if self._shared is not None else None
-            self._pools[name] = Pool(name, limit, times)
+            times = None
+            if self._shared is not None:
+                times = SharedTimes(self._shared, name.partition("\0")[0])
+            self._pools[name] = Pool(name.partition("\0")[0], limit, times)
         return self._pools[name]
 
 
-def _client(backend: Any, settings: Mapping[str, Any]) -> BaseLM:
+def client_of(backend: Any, settings: Mapping[str, Any]) -> BaseLM:
     """The client that a backend stands for: a name, a BaseLM, a function, a synchronous client."""
     if isinstance(backend, str):
         kind = plugins.load("rlm.clients", backend)
@@ -190,7 +258,7 @@ def name_of(thing: Any) -> str:
     return thing if isinstance(thing, str) else getattr(thing, "__name__", type(thing).__name__)
 
 
-_SAMPLING = frozenset(("max_tokens", "temperature", "stop", "seed"))
+_SAMPLING = frozenset(("max_tokens", "temperature", "stop", "seed", "schema"))
 
 
 def _fields(sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +266,9 @@ def _fields(sampling: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in sampling.items() if name in _SAMPLING}
     if isinstance(stop := fields.get("stop"), str):
         fields["stop"] = (stop,)
-    elif stop is not None:
+    elif isinstance(stop, list | tuple) and all(isinstance(text, str) for text in stop):
         fields["stop"] = tuple(stop)
+    elif stop is not None:
+        raise ConfigError(f"stop={stop!r} among the sampling arguments: it is a text, or several")
     extra = {name: value for name, value in sampling.items() if name not in _SAMPLING}
     return {**fields, "extra": extra} if extra else fields

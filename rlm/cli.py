@@ -90,48 +90,63 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Ask a question about files, directories or standard input."""
-    from .config import Config
     from .rlm import RLM
 
     given: dict[str, Any] = {
-        "environment": environment, "backend": backend, "max_iterations": max_iterations,
-        "max_timeout": max_timeout, "max_depth": max_depth, "trace": trace, "record": record,
+        "environment": environment, "backend": backend, "sub_backend": sub_backend, "trace": trace,
+        "max_iterations": max_iterations, "max_timeout": max_timeout, "max_depth": max_depth,
+        "record": record,
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
     keywords = dict(_keyword(text) for text in backend_arg or [])
     if model is not None:
         keywords["model_name"] = model
-    if keywords:
-        settings["backend_kwargs"] = keywords
-    if sub_backend is not None or sub_model is not None:
-        settings["sub_backend"] = sub_backend or backend or Config.model_fields["backend"].default
-        same = keywords if sub_backend in (None, backend) else {}
-        settings["sub_backend_kwargs"] = {**same, **({"model_name": sub_model} if sub_model else {})}
-    settings["verbose"] = not quiet
-    rlm = RLM.from_config(config, **settings) if config else RLM(**settings)
-    with rlm:
+    settings = _with_models(config, settings, keywords, sub_model)
+    with RLM(**{**settings, "verbose": not quiet}) as rlm:
         result = rlm.completion(_context(paths or []), question)
     if as_json:
         typer.echo(_as_json(result))
         return
     if result.is_best_effort:
-        typer.echo("(the turns ran out: this is the best answer there was)", err=True)
+        typer.echo(f"({result.stopped} was reached: this is the best answer there was)", err=True)
     typer.echo(result.response)
+
+
+def _with_models(
+    file: Path | None, settings: dict[str, Any], keywords: dict[str, Any], sub_model: str | None
+) -> dict[str, Any]:
+    """All settings, with what the arguments say of a model added to what the file says of that backend.
+
+    The file's keywords, its address and its key among them, are for the file's backend only.
+    """
+    from .config import Config
+
+    written = Config.load(file) if file else Config.create()
+    both = Config.create(**{**dict(written.given()), **settings})
+    kept = written.backend_kwargs if both.backend == written.backend else {}
+    sub_kept = written.sub_backend_kwargs if both.sub_backend == written.sub_backend else {}
+    values: dict[str, Any] = {"backend_kwargs": {**kept, **keywords}, "sub_backend_kwargs": sub_kept}
+    if sub_model is not None:
+        if both.sub_backend is None:
+            values |= {"sub_backend": both.backend, "sub_backend_kwargs": values["backend_kwargs"]}
+        values["sub_backend_kwargs"] = {**values["sub_backend_kwargs"], "model_name": sub_model}
+    return {**dict(both.given()), **{name: value for name, value in values.items() if value}}
 
 
 def _keyword(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE")
-    if secrets.is_secret(name) and not name.startswith("max_"):
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    if secrets.find({name: parsed}):
         raise typer.BadParameter(
             f"{name} stands on the command line, which every user of this machine can read: set the "
             "provider's environment variable (OPENAI_API_KEY, ...), or put it into a --config file"
         )
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    return name, parsed
 
 
 def _context(paths: list[str]) -> Any:

@@ -106,6 +106,13 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Input tokens above which the whole call is priced as ``long``."""
     long: Price | None = None
 
+    def __post_init__(self) -> None:
+        if any(
+            value is not None and value < 0
+            for value in (self.input, self.output, self.cached, self.cache_write)
+        ):
+            raise ValueError("a price is not negative")
+
     def cost(self, usage: Usage) -> float:
         """Dollars for what a call used."""
         if self.long is not None and self.above is not None and usage.input_tokens > self.above:

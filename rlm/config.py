@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from . import secrets
@@ -150,12 +151,16 @@ class Config(BaseModel):
         kind = Price if info.field_name == "prices" else RateLimit
         try:
             return {name: _as_struct(item, kind) for name, item in value.items()}
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, msgspec.ValidationError) as error:
             raise ValueError(str(error)) from None
+
+    def given(self) -> list[tuple[str, Any]]:
+        """What was set."""
+        return [(name, getattr(self, name)) for name in self.model_fields_set]
 
     def shown(self) -> list[tuple[str, Any]]:
         """What was set, fit to be printed: keys are masked."""
-        return [(name, secrets.mask(getattr(self, name))) for name in sorted(self.model_fields_set)]
+        return [(name, secrets.mask(value)) for name, value in sorted(self.given())]
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
         return [*self.shown()]
@@ -170,10 +175,10 @@ class Config(BaseModel):
             return cls(**values)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, item['loc']))}={_shown(item)!r}: {item['msg']}"
-                for item in error.errors()
+                f"{'.'.join(map(str, item['loc']))}={_shown(item)}: {item['msg']}" for item in error.errors()
             )
-            raise ConfigError(f"the configuration is not valid: {problems}") from None
+        # outside of the handler: what pydantic raised holds the input, keys and all
+        raise ConfigError(f"the configuration is not valid: {problems}")
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> Config:
@@ -193,13 +198,17 @@ class Config(BaseModel):
         return Limits(**{name: getattr(self, name) for name in names})
 
 
-def _shown(problem: Any) -> Any:
-    """The input that a validation error complains of, without keys."""
-    return secrets.mask(problem["input"], any(secrets.is_secret(str(part)) for part in problem["loc"]))
+def _shown(problem: Any) -> str:
+    """The input that a validation error complains of; of settings that may hold keys only its type."""
+    if str(problem["loc"][0]).endswith("_kwargs"):
+        return f"a {type(problem['input']).__name__}"
+    return repr(secrets.mask(problem["input"], any(secrets.is_secret(str(part)) for part in problem["loc"])))
 
 
 def _as_struct(item: Any, kind: type[Any]) -> Any:
-    return item if isinstance(item, kind) else kind(**item)
+    if isinstance(item, kind):
+        return item
+    return msgspec.convert(item, kind) if kind is Price else kind(**item)
 
 
 def _unknown(key: str, known: list[str]) -> str:
@@ -220,7 +229,7 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise ConfigError(f"the configuration {str(path)!r} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
 
 
 def _parse_toml(text: str) -> Any:
@@ -234,5 +243,9 @@ def _parse_yaml(text: str) -> Any:
 
     try:
         return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:  # its own text shows the line, and a key that stands there
+        place = error.problem_mark
+        where = f" in line {place.line + 1}, column {place.column + 1}" if place is not None else ""
+        raise ValueError(f"{error.problem}{where}") from None
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(type(error).__name__) from None

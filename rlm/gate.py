@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ from .errors import (
     Unavailable,
 )
 from .pace import Pace, RateLimit, Times
+
+log = logging.getLogger("rlm")
 
 BACKOFF = 1.0
 """Seconds within which the first retry falls; each further one doubles it."""
@@ -105,8 +108,12 @@ class Pool:
         self._slots = asyncio.Semaphore(limit.concurrency) if limit.concurrency else None
         self._turn = asyncio.Lock()
 
-    async def enter(self, tokens: int) -> None:
-        """Wait until an attempt may be made. Raises Unavailable at once while the provider is down."""
+    async def enter(self, tokens: int, patience: float) -> bool:
+        """Wait until an attempt may be made. Returns whether it is to find out if the provider is back.
+
+        Raises Unavailable while the provider is left alone, RateLimited when the provider asked for
+        a longer rest than ``patience`` seconds.
+        """
         self.circuit.check()
         if self._slots is not None:
             await self._slots.acquire()
@@ -114,22 +121,31 @@ class Pool:
             if self.pace.is_free and not self._turn.locked():
                 self.pace.take(time.monotonic(), tokens)
             else:
-                await self._take_turn(tokens)
-                self.circuit.check()  # much may have happened meanwhile
-            self.circuit.enter()
+                await self._take_turn(tokens, patience)
+            return await self.circuit.enter()
         except BaseException:
-            self.leave()
+            self._release()
             raise
 
-    async def _take_turn(self, tokens: int) -> None:
+    async def _take_turn(self, tokens: int, patience: float) -> None:
         async with self._turn:  # first come, first served
             while (wait := self.pace.wait(time.monotonic())) > 0:
+                if wait > patience:
+                    raise RateLimited(
+                        f"{self.name} asked to be left alone for another {wait:.0f} s",
+                        sent=False,
+                        retry_after=wait,
+                    )
                 await asyncio.sleep(wait)
             self.pace.take(time.monotonic(), tokens)
 
-    def leave(self) -> None:
+    def leave(self, is_probe: bool) -> None:
         """The attempt is over, one way or another."""
-        self.circuit.leave()
+        if is_probe:
+            self.circuit.leave()
+        self._release()
+
+    def _release(self) -> None:
         if self._slots is not None:
             self._slots.release()
 
@@ -142,41 +158,49 @@ class Pool:
         """An attempt failed. Being refused slows everyone down, not only who was refused."""
         if isinstance(error, RateLimited):
             self.pace.refused(time.monotonic(), sent_at, error.retry_after)
-        elif isinstance(error, Unavailable | ConnectFailed | Timeout):
+        if isinstance(error, Unavailable | ConnectFailed | Timeout):
             self.circuit.failed(error)
+        elif error.status is not None:  # whoever refuses is there
+            self.circuit.worked()
 
 
 class Circuit:
-    """Stops asking a provider that is down, and asks again with one call at a time."""
+    """Stops asking a provider that is down, and asks again with one call, for whose end all others wait."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._failures = 0
         self._cooldown = FIRST_COOLDOWN
         self._closed_at = 0.0
-        self._probing = False
+        self._probe: asyncio.Event | None = None
         self._last = ""
 
     def check(self) -> None:
-        """Raises Unavailable when nothing is to be sent."""
-        if self._failures < FAILURES_TO_OPEN:
-            return
+        """Raises Unavailable while nothing is to be sent."""
         wait = self._closed_at - time.monotonic()
-        if wait > 0 or self._probing:
+        if self._failures >= FAILURES_TO_OPEN and wait > 0:
             raise Unavailable(
                 f"{self._name} has failed {self._failures} times in a row and is left alone for a while; "
                 f"the last time: {self._last}",
                 sent=False,
-                retry_after=max(wait, 0.0),
+                retry_after=wait,
             )
 
-    def enter(self) -> None:
-        """A call goes out; the only one, if the provider was down."""
-        self._probing = self._failures >= FAILURES_TO_OPEN
+    async def enter(self) -> bool:
+        """A call is about to go out. Returns whether it is the one that finds out; then `leave` follows."""
+        while self._failures >= FAILURES_TO_OPEN:
+            self.check()
+            if self._probe is None:
+                self._probe = asyncio.Event()
+                return True
+            await self._probe.wait()
+        return False
 
     def leave(self) -> None:
-        """A call is over."""
-        self._probing = False
+        """The call that was to find out is over."""
+        if self._probe is not None:
+            self._probe.set()
+            self._probe = None
 
     def worked(self) -> None:
         """The provider is there."""
@@ -190,6 +214,17 @@ class Circuit:
         if self._failures >= FAILURES_TO_OPEN and now >= self._closed_at:
             self._closed_at = now + self._cooldown
             self._cooldown = min(self._cooldown * 2, LONGEST_COOLDOWN)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the attempts of one call have in common."""
+
+    request: Request
+    watcher: Watcher
+    slots: contextlib.AbstractAsyncContextManager[Any]
+    seconds_left: Callable[[], float | None]
+    stream: bool
 
 
 class Gate:
@@ -214,19 +249,29 @@ class Gate:
         self._pool_for = pool_for or (lambda provider, model: self._own_pool)
         self._pools: dict[str, Sequence[Pool]] = {}
         self._infos: dict[str, ModelInfo] = {}
-        self._prices: dict[str, Price | None] = {**(prices or {})}
+        self._said = {**(prices or {})}
 
-    def price(self, model: str) -> Price | None:
-        """What a model costs: as the user said, else as the client knows; None when nobody knows."""
-        if model not in self._prices:
-            self._prices[model] = self.client.info(model).price
-        return self._prices[model]
+    def price(self, asked: str, answered: str | None = None) -> Price | None:
+        """What a model costs, by the name it was asked by or the one it answers by.
+
+        As the user said, else as the client knows; None when nobody knows.
+        """
+        names = [asked] if answered is None else [answered, asked]
+        said = next((self._said[name] for name in names if name in self._said), None)
+        return said or next((price for name in names if (price := self._known(name).price)), None)
 
     def info(self, model: str) -> ModelInfo:
         """What is known of a model, with what it costs."""
+        return msgspec.structs.replace(self._known(model), price=self.price(model))
+
+    def _known(self, model: str) -> ModelInfo:
+        """What the client knows. Not knowing must not cost a reply that has been paid for."""
         if model not in self._infos:
-            known = self.client.info(model)
-            self._infos[model] = msgspec.structs.replace(known, price=self.price(model))
+            try:
+                self._infos[model] = self.client.info(model)
+            except Exception:  # a boundary: a client is somebody else's code
+                log.exception("%s says nothing of %r", self.name, model)
+                self._infos[model] = ModelInfo()
         return self._infos[model]
 
     async def call(
@@ -244,9 +289,12 @@ class Gate:
         told what the model writes as it does, if the client can.
         """
         faults = refusals = 0
+        call = _Call(request, watcher, slots, seconds_left, stream)
         while True:
             try:
-                return await self._attempt(request, watcher, slots, stream)
+                if self.policy.hedge_after is not None and not stream:
+                    return await self._hedged(call, self.policy.hedge_after)
+                return await self._attempt(call)
             except RetryableError as error:
                 failure = error
             if isinstance(failure, RateLimited):
@@ -273,25 +321,23 @@ class Gate:
             return asked
         return max(asked, random.uniform(0, min(BACKOFF * 2 ** (faults - 1), LONGEST_BACKOFF)))
 
-    async def _attempt(
-        self,
-        request: Request,
-        watcher: Watcher,
-        slots: contextlib.AbstractAsyncContextManager[Any],
-        stream: bool,
-    ) -> Reply:
-        pools = self._pools_of(request)
+    async def _attempt(self, call: _Call, sent: asyncio.Event | None = None) -> Reply:
+        """One attempt, within the limits of its pools. ``sent`` is set when it goes out."""
+        request, pools = call.request, self._pools_of(call.request)
         tokens = _estimate(request) if any(pool.pace.counts_tokens for pool in pools) else 0
-        entered: list[Pool] = []
+        left = call.seconds_left()
+        patience = LONGEST_RETRY_AFTER if left is None else min(left, LONGEST_RETRY_AFTER)
+        entered: list[tuple[Pool, bool]] = []
         try:
             for pool in pools:
-                await pool.enter(tokens)
-                entered.append(pool)
-            async with slots:
-                watcher.started()
+                entered.append((pool, await pool.enter(tokens, patience)))
+            async with call.slots:
+                call.watcher.started()
+                if sent is not None:
+                    sent.set()
                 sent_at = time.monotonic()
                 try:
-                    reply = await self._in_time(request, watcher, stream)
+                    reply = await self._in_time(call)
                 except ModelError as error:
                     for pool in pools:
                         pool.failed(error, sent_at)
@@ -300,41 +346,57 @@ class Gate:
                 pool.worked(reply.usage.input_tokens + reply.usage.output_tokens - tokens)
             return reply
         finally:
-            for pool in entered:
-                pool.leave()
+            for pool, is_probe in entered:
+                pool.leave(is_probe)
 
-    async def _in_time(self, request: Request, watcher: Watcher, stream: bool) -> Reply:
+    async def _in_time(self, call: _Call) -> Reply:
         limit = self.policy.timeout
         try:
             async with asyncio.timeout(limit) as scope:
-                if stream and isinstance(self.client, SupportsStream):
-                    return _checked(await self._streamed(self.client, request, watcher))
-                if self.policy.hedge_after is not None:
-                    return _checked(await self._hedged(request, self.policy.hedge_after, watcher))
-                return _checked(await self.client.complete(request))
+                return _checked(await self._made(call))
         except TimeoutError:
             if not scope.expired():
                 raise
             raise Timeout(f"no reply within {limit:g} s") from None
 
-    async def _streamed(self, client: SupportsStream, request: Request, watcher: Watcher) -> Reply:
-        stream: Any = client.stream(request)
-        async with contextlib.aclosing(stream) as pieces:
-            async for piece in pieces:
+    async def _made(self, call: _Call) -> Any:
+        """What the client makes of it; it must neither end the process nor this task."""
+        try:
+            if call.stream and isinstance(self.client, SupportsStream):
+                return await self._streamed(self.client, call)
+            return await self.client.complete(call.request)
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+            raise ModelError(f"the client raised {type(error).__name__}, as if to end the process") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise ModelError("the client cancelled its own call") from None
+
+    async def _streamed(self, client: SupportsStream, call: _Call) -> Reply:
+        stream: Any = client.stream(call.request)
+        try:
+            async for piece in stream:
                 if isinstance(piece, Reply):
                     return piece
-                watcher.wrote(piece)
+                call.watcher.wrote(piece)
+        finally:
+            if hasattr(stream, "aclose"):  # an iterator need not have it; a generator wants it
+                await stream.aclose()
         raise ProtocolError("the stream ended without a reply")
 
-    async def _hedged(self, request: Request, after: float, watcher: Watcher) -> Reply:
-        """The first reply of two calls, the second of which is made when the first takes long."""
-        first = asyncio.ensure_future(self.client.complete(request))
+    async def _hedged(self, call: _Call, after: float) -> Reply:
+        """The first reply of two attempts, the second of which is made when the first takes long."""
+        sent = asyncio.Event()
+        first = asyncio.ensure_future(self._attempt(call, sent))
+        first.add_done_callback(lambda _: sent.set())  # it may fail before it is sent
         pending = {first}
         try:
+            await sent.wait()
             await asyncio.wait(pending, timeout=after)
             if not first.done():
-                watcher.retried(Retry(1, f"no reply after {after:g} s: asked a second time", True, 0.0))
-                pending.add(asyncio.ensure_future(self.client.complete(request)))
+                call.watcher.retried(Retry(1, f"no reply after {after:g} s: asked a second time", True, 0.0))
+                pending.add(asyncio.ensure_future(self._attempt(call)))
             while True:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 good = [task for task in done if task.exception() is None]
@@ -343,15 +405,15 @@ class Gate:
         finally:
             for task in pending:
                 task.cancel()
-            if pending:
-                await asyncio.wait(pending)
+            await asyncio.gather(*pending, return_exceptions=True)
 
     def _pools_of(self, request: Request) -> Sequence[Pool]:
         model = request.model or self.client.model_name
         pools = self._pools.get(model)
         if pools is None:
             client = self.client
-            provider = client.pool_key(model) if isinstance(client, SupportsPoolKey) else self.name
+            key = client.pool_key(model) if isinstance(client, SupportsPoolKey) else None
+            provider = key or f"{self.name}\0{id(client)}"  # nobody else's, whatever others are called
             pools = self._pools[model] = self._pool_for(provider, model)
         return pools
 

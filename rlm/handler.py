@@ -22,7 +22,7 @@ from .backends import Backends
 from .client import BaseLM, Message, Price, Reply, Request
 from .errors import ModelError, RLMError
 from .events import AnyEvent, EventBus, ModelFailed, ModelOutput, ModelReplied, ModelRequested, ModelRetried
-from .gate import Retry
+from .gate import Gate, Retry
 from .ledger import Ledger
 from .session import Connection, Receive, ServeCalls, Session
 
@@ -145,9 +145,10 @@ class LMHandler:
         sub = caller.kind == "sub" or caller.depth > 0
         gate = self.models.choose(model, sub=sub)
         call = _Call(self, caller, gate.client.model_name, messages[prefix:], prefix)
-        request = self._request(messages, caller, sub)
+        request = self._request(messages, caller, gate, sub)
         held = await self.ledger.reserve(request, call.model, gate.info(call.model), sub=sub)
         try:
+            call.reserve()
             reply = await gate.call(
                 request,
                 call,
@@ -155,12 +156,11 @@ class LMHandler:
                 seconds_left=self.ledger.seconds_left,
                 stream=self._stream and caller.kind == "root",
             )
-            name = reply.model or call.model
-            reply = _priced(reply, gate.price(name) or gate.price(call.model))
-            call.replied(reply, name)
+            reply = _priced(reply, gate.price(call.model, reply.model))
+            call.replied(reply)
             self.ledger.learn(call.model, request, reply.usage, sub=sub)
         except BaseException as error:
-            failure = self._as_ours(error)
+            failure = self.models.as_ours(error) if isinstance(error, Exception) else error
             call.failed(failure)
             if failure is error:
                 raise
@@ -169,29 +169,16 @@ class LMHandler:
             self.ledger.release(held)
         return reply
 
-    def _request(self, messages: Sequence[Message], caller: Caller, sub: bool) -> Request:
+    def _request(self, messages: Sequence[Message], caller: Caller, gate: Gate, sub: bool) -> Request:
         is_turn = caller.kind == "root"
         session = f"{self._id}-{caller.run}" if is_turn else f"{self._id}-sub-{caller.depth}"
         return Request(
             tuple(messages),
-            timeout=None,
+            timeout=gate.policy.timeout,
             session=session,
             cache=is_turn,
             **self.models.sampling(sub=sub),
         )
-
-    def _as_ours(self, error: BaseException) -> BaseException:
-        """The error a caller gets: of this framework's own kinds, and without keys in its text."""
-        if not isinstance(error, Exception):
-            return error
-        hidden = self.models.hide(str(error))
-        if isinstance(error, RLMError):
-            if hidden != str(error):
-                error.args = (hidden,)
-            return error
-        failure = ModelError(f"the model call failed: {type(error).__name__}: {hidden}")
-        failure.__cause__ = error if hidden == str(error) else None  # a traceback shows the cause's text
-        return failure
 
     async def each(
         self, items: Sequence[Item], call: Callable[[Item], Awaitable[Outcome]], width: int
@@ -231,11 +218,14 @@ class _Call:
         self._written: list[str] = []
         self._told_at = 0.0
 
-    def started(self) -> None:
-        """The first attempt takes the call from the budget. Raises LimitExceeded when it has none left."""
-        if self._number:
-            return
+    def reserve(self) -> None:
+        """Take the call from the budget. Raises LimitExceeded when it has none left."""
         self._number = self._handler.ledger.reserve_call(sub=self._sub)
+
+    def started(self) -> None:
+        """The first attempt goes out."""
+        if self._start:
+            return
         self._start = time.perf_counter()
         self._emit(
             ModelRequested,
@@ -261,7 +251,8 @@ class _Call:
             self._written.clear()
             self._told_at = now
 
-    def replied(self, reply: Reply, model: str) -> None:
+    def replied(self, reply: Reply) -> None:
+        model = reply.model or self.model
         self._handler.ledger.settle(model, reply.usage, sub=self._sub)
         self._emit(
             ModelReplied,
@@ -270,9 +261,11 @@ class _Call:
         )  # fmt: skip
 
     def failed(self, error: BaseException) -> None:
-        if not self._number:  # ended before it was made, so it was not made
+        if not self._start:  # ended before it was made, so it was not made
+            if self._number:
+                self._handler.ledger.give_back(sub=self._sub)
             return
-        self._handler.ledger.fail(self.model)
+        self._handler.ledger.fail(self.model, billed=getattr(error, "sent", True))
         self._emit(
             ModelFailed,
             kind=self._caller.kind, model=self.model, error=f"{type(error).__name__}: {error}",
@@ -291,7 +284,8 @@ class _Call:
 
 def _priced(reply: Reply, price: Price | None) -> Reply:
     """A reply with its cost, as the provider told it, or else by the price; or without, if none is known."""
-    if reply.usage.cost is not None or price is None:
+    counted = reply.usage.input_tokens or reply.usage.output_tokens
+    if reply.usage.cost is not None or price is None or not counted:
         return reply
     usage = msgspec.structs.replace(reply.usage, cost=price.cost(reply.usage))
     return msgspec.structs.replace(reply, usage=usage)

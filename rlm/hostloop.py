@@ -24,15 +24,18 @@ _THREAD = "rlm-loop"
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _owner = 0
+_thread: threading.Thread | None = None
 
 
 def loop() -> asyncio.AbstractEventLoop:
     """The core's loop, running. A process forked from this one gets a loop of its own."""
-    global _loop, _owner
+    global _loop, _owner, _thread
     with _lock:
-        if _loop is None or _owner != os.getpid():
+        ended = _thread is None or not _thread.is_alive()  # by something that no code here may raise
+        if _loop is None or _owner != os.getpid() or ended:
             _loop, _owner = asyncio.new_event_loop(), os.getpid()
-            threading.Thread(target=_loop.run_forever, name=_THREAD, daemon=True).start()
+            _thread = threading.Thread(target=_loop.run_forever, name=_THREAD, daemon=True)
+            _thread.start()
         return _loop
 
 

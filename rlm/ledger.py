@@ -136,7 +136,7 @@ class Ledger:
         self.cost = Allowance(limits.max_budget, BudgetExceeded, "dollars")
         self._usage: dict[str, ModelUsageSummary] = {}
         self._seen: dict[tuple[str, bool], _Seen] = {}
-        self._holding = 0
+        self._holding = self._numbers = 0
         self._turn = asyncio.Lock()
         self._settled = asyncio.Event()
         self._deadline = None if limits.max_timeout is None else time.monotonic() + limits.max_timeout
@@ -165,7 +165,14 @@ class Ledger:
         self.calls += 1
         self.sub_calls += sub
         self.in_flight += 1
-        return self.calls
+        self._numbers += 1
+        return self._numbers
+
+    def give_back(self, *, sub: bool = False) -> None:
+        """A call that was reserved has not been made."""
+        self.calls -= 1
+        self.sub_calls -= sub
+        self.in_flight -= 1
 
     def reserve_child(self) -> None:
         """Take one child run from the budget. Raises MaxChildrenExceeded when there is none left."""
@@ -256,9 +263,9 @@ class Ledger:
         """An attempt of a reserved call failed, and is made again."""
         self._usage.setdefault(model, ModelUsageSummary()).total_retries += 1
 
-    def fail(self, model: str) -> None:
-        """A reserved call came back without a reply. It stays counted: it may have been billed."""
-        self.settle(model, Usage())
+    def fail(self, model: str, *, billed: bool = True) -> None:
+        """A call came back without a reply. It stays counted, and may have been ``billed``."""
+        self.settle(model, Usage(cost=None if billed else 0.0))
 
     def _keep(self, turn: Usage) -> None:
         """Keep enough for the last answer, which takes about as much as the turn before it."""

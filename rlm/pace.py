@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -52,8 +53,12 @@ class RateLimit:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{field.name}={value}: a limit is greater than 0")
+            kinds = int if field.name == "concurrency" else (int, float)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+                kind = "whole number" if kinds is int else "number"
+                raise ValueError(f"{field.name}={value!r}: a limit is a {kind} greater than 0")
 
 
 class Times(Protocol):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import context as contexts
 from . import hostloop, plugins
-from .backends import Backends, connect, name_of
-from .client import BaseLM, UsageSummary
+from .backends import Backends, client_of, connect, name_of
+from .client import UsageSummary
 from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import ConfigError
 from .events import AnyEvent, EventBus, JSONLWriter, Subscriber, Trace
@@ -68,6 +68,7 @@ class RLM:
         self.config: Config = Config.create(**settings)
         self._on_event = on_event
         self._backends: Backends | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._new_environment: Callable[[], BaseEnv] | None = None
 
     @classmethod
@@ -76,7 +77,7 @@ class RLM:
         from .config import Config
 
         config = Config.load(path, **overrides)
-        return cls(on_event=on_event, **{name: getattr(config, name) for name in config.model_fields_set})
+        return cls(on_event=on_event, **dict(config.given()))
 
     # -- completions
 
@@ -196,8 +197,9 @@ class RLM:
 
     async def _connect(self) -> tuple[Backends, list[str]]:
         """The clients, made on first use, on the core's loop; and what they have to say."""
-        if self._backends is None:
-            self._backends = connect(self.config)
+        loop = asyncio.get_running_loop()
+        if self._backends is None or self._loop is not loop:  # a fork has a loop of its own
+            self._backends, self._loop = connect(self.config), loop
             self._finalizer = weakref.finalize(self, hostloop.run_at_end, self._backends.aclose)
         notes = await self._backends.prepare()
         if self.config.max_budget is not None:
@@ -214,12 +216,13 @@ class REPL:
     def __init__(
         self,
         environment: Any,
-        backend: BaseLM | None,
+        backend: Any,
         settings: dict[str, Any],
         on_output: Callable[[str, str], None],
     ) -> None:
         self._new = environment_factory(environment, settings)
-        self._backend = backend
+        client = client_of(backend, {}) if backend is not None else None
+        self._backends = Backends.of(client, owned=client is not backend)
         self._on_output = on_output
         self._env: BaseEnv | None = None
         self._handler: LMHandler | None = None
@@ -255,14 +258,14 @@ class REPL:
 
     async def _start(self) -> None:
         ledger, events = Ledger(Limits(max_depth=1)), EventBus()
-        self._handler = await LMHandler(self._backend, ledger, events).__aenter__()
+        await self._backends.prepare()
+        self._handler = await LMHandler(self._backends, ledger, events).__aenter__()
         tree = Tree(self._handler, ledger, events, self._new, "repl", "repl", None, 1)
         env = self._new()
         try:
-            if self._backend is not None:
-                await self._backend.prepare()
             await env.start(Host(self._handler, Run(tree, "", None).serve, self._on_output))
         except BaseException:
+            await env.close()
             await self._handler.__aexit__()
             raise
         self._env = env
@@ -274,18 +277,20 @@ class REPL:
             await env.close()
         if handler is not None:
             await handler.__aexit__()
+        await self._backends.aclose()
 
 
 def open_repl(
     environment: Any = "local",
     *,
-    backend: BaseLM | None = None,
+    backend: Any = None,
     on_output: Callable[[str, str], None] = lambda stream, text: None,
     **settings: Any,
 ) -> REPL:
     """A sandbox to run cells in: ``with open_repl("local") as repl: repl.execute("x = 1")``.
 
-    ``settings`` go to the environment's constructor; ``on_output`` is told what a running
+    ``settings`` go to the environment's constructor; ``backend`` answers what cells ask, and is
+    what an RLM takes for one (a name, a BaseLM, a function); ``on_output`` is told what a running
     cell prints, as (stream, text).
     """
     return REPL(environment, backend, settings, on_output)

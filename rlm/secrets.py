@@ -42,6 +42,10 @@ class Secret:
         return HIDDEN
 
 
+_PASSWORD = re.compile(r"://[^/@:\s]*:([^/@\s]+)@")
+"""A password in an address."""
+
+
 def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a secret: ``api_key``, ``Authorization``, ``HF_TOKEN``."""
     return _NAMES.search(name) is not None
@@ -56,8 +60,11 @@ def find(settings: Any, named: bool = False) -> set[str]:
     """Every secret among settings, however deep: a SecretText, or text whose name says so."""
     if isinstance(settings, SecretText):
         return _with_key(settings.get_secret_value())
+    if isinstance(settings, bytes):
+        settings = settings.decode("utf-8", "replace")
     if isinstance(settings, str):
-        return _with_key(settings) if named else set()
+        found = {parts[1] for parts in _PASSWORD.finditer(settings)}
+        return found | (_with_key(settings) if named and not settings.isdigit() else set())
     if isinstance(settings, Mapping):
         return set().union(*(find(value, named or is_secret(str(key))) for key, value in settings.items()))
     if isinstance(settings, list | tuple):
@@ -73,8 +80,13 @@ def _with_key(value: str) -> set[str]:
 
 def mask(settings: Any, named: bool = False) -> Any:
     """The same settings, fit to be printed."""
-    if isinstance(settings, SecretText) or (named and isinstance(settings, str)):
+    if isinstance(settings, SecretText) or (named and isinstance(settings, str | bytes)):
         return HIDDEN
+    if isinstance(settings, str):
+        name, equals, _ = settings.partition("=")  # how containers are given variables
+        if equals and name.isidentifier() and is_secret(name):
+            return f"{name}={HIDDEN}"
+        return _PASSWORD.sub(lambda found: found[0].replace(found[1], HIDDEN), settings)
     if isinstance(settings, Mapping):
         return {key: mask(value, named or is_secret(str(key))) for key, value in settings.items()}
     if isinstance(settings, list | tuple):

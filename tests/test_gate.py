@@ -4,14 +4,16 @@ import asyncio
 import itertools
 import os
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 
 from rlm import gate as gates
-from rlm.backends import Backends
+from rlm.backends import Backends, connect
 from rlm.client import BaseLM, Message, ModelInfo, Price, Reply, Request, Usage
+from rlm.config import Config
 from rlm.errors import (
     AuthError,
     BadRequest,
@@ -94,7 +96,7 @@ class Streaming(Fake):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries at once, and circuits that close soon."""
     monkeypatch.setattr(gates, "BACKOFF", 0.001)
-    monkeypatch.setattr(gates, "FIRST_COOLDOWN", 0.05)
+    monkeypatch.setattr(gates, "FIRST_COOLDOWN", 0.3)
 
 
 def handler_for(client: BaseLM, policy: Policy | None = None, **limits: Any) -> LMHandler:
@@ -307,10 +309,10 @@ async def test_a_provider_that_is_down_is_asked_by_one_call_at_a_time() -> None:
         await handler.complete(HELLO, SUB)
     assert (shut.value.sent, len(client.requests)) == (False, FAILURES_TO_OPEN)
     client.steps = [slow(0.05, "back")]
-    await asyncio.sleep(0.06)
-    results = await asyncio.gather(*(handler.complete(HELLO, SUB) for _ in range(5)), return_exceptions=True)
-    assert sorted(type(result).__name__ for result in results) == ["Reply"] + ["Unavailable"] * 4
-    assert (await handler.complete(HELLO, SUB)).text == "back"
+    await asyncio.sleep(0.35)
+    await asyncio.gather(*(handler.complete(HELLO, SUB) for _ in range(5)))
+    first, *others = client.at[-5:]
+    assert min(others) - first >= 0.05  # all others waited for what came of the first
 
 
 async def test_a_provider_that_stays_down_is_left_alone_for_longer() -> None:
@@ -319,10 +321,10 @@ async def test_a_provider_that_stays_down_is_left_alone_for_longer() -> None:
     for _ in range(FAILURES_TO_OPEN):
         with pytest.raises(ConnectFailed):
             await handler.complete(HELLO, SUB)
-    await asyncio.sleep(0.06)
+    await asyncio.sleep(0.35)
     with pytest.raises(ConnectFailed):  # the probe
         await handler.complete(HELLO, SUB)
-    await asyncio.sleep(0.06)
+    await asyncio.sleep(0.35)
     with pytest.raises(Unavailable, match="left alone"):  # for twice as long
         await handler.complete(HELLO, SUB)
 
@@ -511,3 +513,167 @@ async def test_an_event_of_a_failed_call_names_the_kind_of_failure() -> None:
         await handler.complete(HELLO, SUB)
     failed: list[AnyEvent] = told(handler, ModelFailed)
     assert [event.error for event in failed] == ["QuotaExceeded: nothing left"]  # type: ignore[union-attr]
+
+
+async def test_what_a_failure_came_of_shows_no_key_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "-".join(["sk", "planted", "1"])  # a traceback shows the lines of this file
+    monkeypatch.setenv("SOME_API_KEY", key)
+
+    async def fails(request: Request) -> Reply:
+        try:
+            raise ValueError(key)
+        except ValueError as cause:
+            raise RuntimeError("it failed") from cause
+
+    async def refused(request: Request) -> Reply:
+        try:
+            raise ValueError(key)
+        except ValueError:
+            raise AuthError("no", code=f"key {key}", request_id=key)  # noqa: B904
+
+    for step in (fails, refused):
+        with pytest.raises(ModelError) as caught:
+            await handler_for(Fake(step)).complete(HELLO, SUB)
+        printed = "".join(traceback.format_exception(caught.value))
+        assert "sk-planted" not in printed + str(caught.value.code) + str(caught.value.request_id)
+
+
+# --- clients of other people ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()], ids=repr)
+async def test_a_client_can_end_neither_the_process_nor_the_run(end: BaseException) -> None:
+    async def ends(request: Request) -> Reply:
+        raise end
+
+    handler = handler_for(Fake(ends, Reply("on")))
+    with pytest.raises(ModelError, match="the client"):
+        await handler.complete(HELLO, SUB)
+    assert (await handler.complete(HELLO, SUB)).text == "on"
+
+
+async def test_a_client_that_knows_nothing_of_its_model_costs_no_reply() -> None:
+    class Odd(Fake):
+        def info(self, model: str) -> ModelInfo:
+            raise RuntimeError("no idea")
+
+    handler = handler_for(Odd())
+    assert (await handler.complete(HELLO, SUB)).text == "hi"
+    assert handler.ledger.in_flight == 0
+
+
+async def test_a_stream_need_be_no_more_than_an_iterator() -> None:
+    class Bare(Fake):
+        def stream(self, request: Request) -> AsyncIterator[str | Reply]:
+            items = iter(["a", Reply("a")])
+
+            class Pieces:
+                def __aiter__(self) -> "Pieces":
+                    return self
+
+                async def __anext__(self) -> Any:
+                    return next(items)
+
+            return Pieces()
+
+    assert (await handler_for(Bare()).complete(HELLO, ROOT)).text == "a"
+
+
+async def test_what_prepare_raises_is_an_error_of_ours_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "-".join(["sk", "planted", "1"])
+    monkeypatch.setenv("SOME_API_KEY", key)
+
+    class Unready(Fake):
+        async def prepare(self) -> str | None:
+            raise RuntimeError(f"{key} is refused")
+
+    with pytest.raises(ModelError, match="RuntimeError") as caught:
+        await Backends.of(Unready()).prepare()
+    assert "sk-planted" not in "".join(traceback.format_exception(caught.value))
+
+
+# --- what one call does to others -------------------------------------------------------------------------
+
+
+async def test_a_rest_too_long_to_wait_for_fails_the_calls_after_it_too() -> None:
+    handler = handler_for(client := Fake(RateLimited("r", retry_after=LONGEST_RETRY_AFTER + 1)))
+    with pytest.raises(RateLimited):
+        await handler.complete(HELLO, SUB)
+    with pytest.raises(RateLimited, match="asked to be left alone for another"):
+        await handler.complete(HELLO, SUB)
+    assert len(client.requests) == 1
+
+
+async def test_a_provider_that_answers_at_all_is_not_down() -> None:
+    client = Fake(Unavailable("down"))
+    handler = handler_for(client, Policy(max_retries=0))
+    for _ in range(FAILURES_TO_OPEN):
+        with pytest.raises(Unavailable):
+            await handler.complete(HELLO, SUB)
+    await asyncio.sleep(0.35)
+    client.steps = [BadRequest("not so", status=400), Reply("fine")]
+    with pytest.raises(BadRequest):
+        await handler.complete(HELLO, SUB)
+    replies = await asyncio.gather(*(handler.complete(HELLO, SUB) for _ in range(5)))
+    assert len(replies) == 5
+
+
+async def test_calls_that_the_budget_does_not_allow_do_not_wait_for_their_turn() -> None:
+    client, pool = Fake(), Pool("fake", RateLimit(requests_per_minute=60))
+    gate = Gate(client, pool_for=lambda provider, model: [pool])
+    handler = LMHandler(Backends([gate]), Ledger(Limits(max_calls=2)), EventBus())
+    calls = [asyncio.create_task(handler.complete(HELLO, SUB)) for _ in range(50)]
+    done, _ = await asyncio.wait(calls, timeout=0.5)
+    assert sum(isinstance(task.exception(), MaxCallsExceeded) for task in done) == 48
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert len(client.requests) == 2
+
+
+async def test_who_waits_for_a_slow_model_holds_no_place_among_the_others() -> None:
+    client = Fake()
+    config = Config.create(
+        rate_limits={"*": {"concurrency": 2}, "slow": {"requests_per_minute": 60}},
+        backend=client,
+    )
+    gate = connect(config).root
+    slots = asyncio.Semaphore(99)
+
+    async def ask(name: str) -> Reply:
+        return await gate.call(Request(tuple(HELLO), name), Silent(), slots=slots)
+
+    waiting = [asyncio.create_task(ask("slow")) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(0.5):
+        await asyncio.gather(*(ask("quick") for _ in range(20)))
+    for task in waiting:
+        task.cancel()
+
+
+async def test_two_clients_of_one_class_do_not_share_what_is_known_of_their_providers() -> None:
+    down, up = Fake(Unavailable("down")), Fake()
+    backends = connect(Config.create(backend=down, other_backends=[up], max_retries=0))
+    handler = LMHandler(backends, Ledger(Limits()), EventBus())
+    for _ in range(FAILURES_TO_OPEN + 1):
+        with pytest.raises(Unavailable):
+            await handler.complete(HELLO, ROOT)
+    assert (await handler.complete(HELLO, SUB)).text == "hi"
+
+
+async def test_the_users_price_holds_for_whatever_name_the_model_answers_by() -> None:
+    answered = Reply("a", usage=Usage(1_000_000), model="fake-2026-01-01")
+    gate = Gate(Fake(answered, price=Price(100, 100)), prices={"fake": Price(3, 3)})
+    handler = LMHandler(Backends([gate]), Ledger(Limits()), EventBus())
+    assert (await handler.complete(HELLO, SUB)).usage.cost == pytest.approx(3)
+
+
+async def test_a_reply_without_a_count_has_no_cost() -> None:
+    handler = handler_for(Fake(Reply("a"), price=Price(1, 1)))
+    assert (await handler.complete(HELLO, SUB)).usage.cost is None
+
+
+async def test_limits_of_what_there_is_not_are_told() -> None:
+    config = Config.create(
+        backend=Fake(), rate_limits={"opnai": {"concurrency": 2}, "fake": {"concurrency": 2}}
+    )
+    (note,) = await connect(config).prepare()
+    assert "'opnai' is no backend and no model of this RLM" in note

@@ -15,7 +15,7 @@ import pytest
 from llama_support import LlamaServer
 from model_runs import Steered
 
-from rlm import RLM, Message, Reply, Request
+from rlm import RLM, Message, Reply, Request, open_repl
 from rlm.errors import AuthError, ConfigError, ModelError
 from rlm.events import ModelReplied, ModelRequested, ModelRetried, RunStarted, Trace
 from rlm.testing.dialects import Behaviour, Seen
@@ -92,17 +92,62 @@ def test_interrupting_the_command_leaves_no_open_connection(where: str, tmp_path
         assert eventually(lambda: server.connections == 0)
 
 
-@pytest.mark.parametrize("name", ["api_key", "secret", "my_token", "headers_authorization"])
-def test_a_key_on_the_command_line_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("api_key", "sk-on-the-command-line"),
+        ("my_token", "sk-on-the-command-line"),
+        ("headers", '{"Authorization": "Bearer sk-on-the-command-line"}'),
+        ("base_url", "http://me:sk-on-the-command-line@127.0.0.1"),
+    ],
+)
+def test_a_key_on_the_command_line_is_refused(name: str, argument: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        command("q", str(tmp_path), "--backend-arg", f"{name}={KEY}"),
+        command("q", str(tmp_path), "--backend-arg", f"{name}={argument}"),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
     assert "command line" in done.stderr
-    assert KEY not in done.stderr
+    assert "sk-on-the" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--model", "--sub-model"])
+def test_naming_a_model_keeps_the_address_and_the_key_of_the_file(option: str, tmp_path: Path) -> None:
+    def reply(seen: Seen) -> Behaviour:
+        asks = "question" in seen.text
+        return Behaviour(text=cell("FINAL(llm_query('sub'))") if asks else "answered")
+
+    (tmp_path / "x.txt").write_text("x")
+    with ModelServer(reply) as meant, ModelServer() as wrong:
+        settings = {
+            "backend": "vllm",
+            "backend_kwargs": {"base_url": meant.url, "api_key": KEY, "model_name": "m"},
+        }
+        (tmp_path / "c.json").write_text(json.dumps(settings))
+        done = subprocess.run(
+            command(
+                "the question", str(tmp_path / "x.txt"), "--config", str(tmp_path / "c.json"), option, "other"
+            ),
+            env=environment(OPENAI_BASE_URL=wrong.url, OPENAI_API_KEY="sk-of-another"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stdout) == (0, "answered\n"), done.stderr
+    assert wrong.requests == 0
+    assert {seen.headers["authorization"] for seen in meant.seen} == {f"Bearer {KEY}"}
+    asked = [seen.body["model"] for seen in meant.seen]
+    assert asked == (["other", "other"] if option == "--model" else ["m", "other"])
+
+
+@pytest.mark.parametrize("backend", ["scripted", lambda request: "from a function"])
+def test_a_sandbox_alone_takes_what_a_run_takes_for_a_backend(backend: Any) -> None:
+    with open_repl("local", backend=backend) as repl:
+        result = repl.execute("llm_query('x')", timeout=30)
+    assert result.value == "from a function" or "used up" in str(result.error)
 
 
 # --- keys -------------------------------------------------------------------------------------------------
