@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from aimock_support import Aimock
 from llama_support import LlamaServer
@@ -477,6 +478,30 @@ async def test_a_stream_that_ends_with_a_reason_alone_has_ended(make: Make, serv
     answers(server, {"choices": [{"delta": {"content": "a"}}]}, {"choices": [{"finish_reason": "stop"}]})
     pieces, reply = await streamed(make(OpenAILM, "m", base_url=server.url), ask())
     assert (pieces, reply.text, reply.usage.estimated) == (["a"], "a", True)
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+@pytest.mark.parametrize("usage", [{}, {"total_tokens": 9}, "null"])
+async def test_what_nobody_has_counted_is_a_guess_and_not_nothing(
+    make: Make, server: ModelServer, api: str, usage: Any
+) -> None:
+    names = (
+        ("input_tokens", "output_tokens") if api == "responses" else ("prompt_tokens", "completion_tokens")
+    )
+    usage = dict.fromkeys(names) if usage == "null" else usage
+    reply = {
+        "usage": usage,
+        "choices": [{"message": {"content": "whole"}, "finish_reason": "stop"}],
+        "output": [{"type": "message", "content": [{"text": "whole"}]}],
+    }
+    answers(server, reply)
+    client = make(OpenAILM, "m", base_url=server.url, api=api)
+    guess = Usage.estimate(ask().messages, "whole")
+    assert (await client.complete(ask())).usage == guess
+    answers(server, {**reply, "usage": {**usage, names[1]: 0}})
+    assert (await client.complete(ask())).usage == msgspec.structs.replace(guess, output_tokens=0)
+    answers(server, {**reply, "usage": {names[0]: 3, names[1]: 0}})
+    assert (await client.complete(ask())).usage == Usage(3, 0)
 
 
 async def test_a_server_that_does_not_stream_is_read_whole(make: Make, server: ModelServer) -> None:
