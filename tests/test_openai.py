@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -34,6 +34,7 @@ from rlm.testing.dialects import Behaviour
 from rlm.testing.model_server import ModelServer
 from rlm_openai import VLLM, AzureOpenAILM, GeminiLM, OpenAILM, OpenRouterLM, PortkeyLM, VercelLM
 from rlm_openai.auto import AutoLM
+from rlm_scripted import ScriptedLM
 
 KEY = "sk-test-2b7d41c98e-not-to-be-seen"
 
@@ -750,6 +751,34 @@ async def test_a_client_that_cannot_be_prepared_leaves_nothing_open(
     server.models = ["a", "b"]
     with pytest.raises(ConfigError, match="serves 'a', 'b'"):
         await make(AutoLM).prepare()
+
+
+class PlainStreamLM(ScriptedLM):
+    """Whose stream is an iterator and no more."""
+
+    def stream(self, request: Request) -> Any:
+        class Pieces:
+            left: ClassVar[list[str | Reply]] = ["a", Reply("a")]
+
+            def __aiter__(self) -> Any:
+                return self
+
+            async def __anext__(self) -> str | Reply:
+                if not self.left:
+                    raise StopAsyncIteration
+                return self.left.pop(0)
+
+        return Pieces()
+
+
+async def test_a_stream_that_is_an_iterator_and_no_more_is_handed_over(
+    monkeypatch: pytest.MonkeyPatch, make: Make
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(plugins, "load", lambda group, name: lambda **settings: PlainStreamLM("a"))
+    client = make(AutoLM)
+    await client.prepare()
+    assert (await streamed(client, ask()))[0] == ["a"]
 
 
 async def test_a_server_of_this_machine_is_found_and_it_says_so(
