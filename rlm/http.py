@@ -389,11 +389,18 @@ def find_key(
     own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
     """
     if given is not None:
-        return secrets.reveal(given).strip()
+        return as_text("api_key", secrets.reveal(given)).strip()
     scheme, _, rest = url.strip().partition("://")
     if chosen and (scheme.lower() != "https" or "@" in rest.partition("/")[0]):  # it says who is calling
         return None
     return first_set(variables)
+
+
+def as_text(name: str, value: Any) -> str:
+    """The value of this setting, if it is a text; it is not shown where it is none."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}= is no text, but a {type(value).__name__}")
+    return value
 
 
 def missing_key(provider: str, variables: Sequence[str]) -> AuthError:

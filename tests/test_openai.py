@@ -370,10 +370,22 @@ def test_a_price_that_is_given_goes_before_the_table(price: Any) -> None:
         assert (info.price, info.context_window) == (Price(1, 2), 7)
 
 
-@pytest.mark.parametrize("price", [{"input": 1}, {"input": 1, "output": 2, "outptu": 3}, {"input": "1"}])
-def test_a_price_that_is_none_is_refused(price: Any) -> None:
-    with pytest.raises(ConfigError, match="is no price"):
+@pytest.mark.parametrize(
+    "price",
+    [{"input": 1}, {"input": 1, "output": 2, "outptu": 3}, {"input": KEY}, {"key": KEY}, KEY, 5, [1, 2]],
+)
+def test_a_price_that_is_none_is_refused_and_not_shown(price: Any) -> None:
+    with pytest.raises(ConfigError, match="is no price") as caught:
         OpenAILM("m", api_key=KEY, price=price)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["api_key", "base_url"])
+@pytest.mark.parametrize("value", [5, [KEY], KEY.encode()])
+def test_a_setting_that_is_no_text_is_refused_and_not_shown(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{setting}= is no text, but a {type(value).__name__}") as caught:
+        OpenAILM("m", **{"api_key": KEY, setting: value})
+    assert KEY not in str(caught.value)
 
 
 # --- which model --------------------------------------------------------------------------------
