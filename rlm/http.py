@@ -11,6 +11,7 @@ import base64
 import contextlib
 import importlib
 import io
+import ipaddress
 import math
 import os
 import re
@@ -381,17 +382,24 @@ def lenient(data: Any, kind: type[Value]) -> Value | None:
 
 
 def find_key(
-    given: str | secrets.SecretText | None, variables: Sequence[str], url: str, chosen: bool
+    given: str | secrets.SecretText | None,
+    variables: Sequence[str],
+    url: str,
+    chosen: bool,
+    own: bool = False,
 ) -> str | None:
     """The key that is given, else that of the first of these environment variables that is set.
 
     A key of the environment was meant for the address of the environment, or for the provider's
-    own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
+    own. To another one, which ``chosen`` says it is, it does not travel unencrypted. With ``own``
+    it is a key for servers of one's own, and may go to one on this machine.
     """
     if given is not None:
         return as_text("api_key", secrets.reveal(given)).strip()
     scheme, _, rest = url.strip().partition("://")
-    if chosen and (scheme.lower() != "https" or "@" in rest.partition("/")[0]):  # it says who is calling
+    if chosen and "@" in rest.partition("/")[0]:  # it says who is calling
+        return None
+    if chosen and scheme.lower() != "https" and not (own and is_loopback(url)):
         return None
     return first_set(variables)
 
@@ -660,13 +668,22 @@ def _address(url: str) -> tuple[str, str]:
     return plain.rstrip("/"), urllib.parse.unquote(account)
 
 
+def is_loopback(url: str) -> bool:
+    """Whether an address is this machine's own, and nothing sent there travels."""
+    try:
+        host = urllib.parse.urlsplit(url.strip()).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _proxy_for(url: str) -> str | None:
     """The proxy that the environment names for an address; looked up once, not at each call."""
     import urllib.request
 
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
-    if host in ("localhost", "::1") or host.startswith("127.") or urllib.request.proxy_bypass(host):
+    if is_loopback(url) or urllib.request.proxy_bypass(host):
         return None
     return urllib.request.getproxies().get(parts.scheme)
 

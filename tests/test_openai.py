@@ -192,6 +192,27 @@ async def test_a_key_of_the_environment_does_not_go_in_clear_to_an_address_that_
     assert KEY not in repr(server.seen[0].headers)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "LOCALHOST", "[::1]"])
+def test_a_key_for_servers_of_ones_own_goes_to_one_on_this_machine_and_no_other_key_does(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert KEY not in VLLM("m", base_url=f"http://{host}:9/v1").endpoint.hide(KEY)  # it has it, and hides it
+    assert KEY in OpenAILM("m", base_url=f"http://{host}:9/v1").endpoint.hide(KEY)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://10.0.0.1/v1", "http://127.evil.test/v1", "http://localhost.evil.test", "http://127.1.test",
+            "http://me:pw@127.0.0.1/v1", "http://localhost@evil.test/v1"]
+)  # fmt: skip
+def test_a_key_for_servers_of_ones_own_does_not_go_in_clear_to_another_machine(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    assert KEY in VLLM("m", base_url=url).endpoint.hide(KEY)
+
+
 @pytest.mark.parametrize("variable", ["OPENAI_BASE_URL", "LLM_BASE_URL"])
 async def test_a_key_of_the_environment_goes_to_the_address_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, make: Make, server: ModelServer, variable: str

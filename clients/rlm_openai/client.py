@@ -143,7 +143,7 @@ class OpenAILM(HTTPLM):
         preset = self.preset
         if any(name.lower() == preset.key_header.lower() for name in headers):
             return {}
-        key = find_key(given, preset.key_variables, url, chosen)
+        key = find_key(given, preset.key_variables, url, chosen, own=not preset.needs_key)
         if key is None:
             if preset.needs_key and self._is_home:
                 raise missing_key(preset.title, preset.key_variables)
