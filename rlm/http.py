@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import importlib
 import io
+import ipaddress
 import math
 import os
 import re
@@ -202,7 +204,12 @@ class Endpoint:
                 raise ConnectFailed(
                     self.hide(f"no connection to {url} within {CONNECT_TIMEOUT:g} s")
                 ) from None
-            raise Timeout(self.hide(f"no reply from {url} within {timeout:g} s")) from None
+            within = "in time" if timeout is None else f"within {timeout:g} s"
+            raise Timeout(self.hide(f"no reply from {url} {within}")) from None
+        except aiohttp.ClientConnectorCertificateError as error:  # which no further attempt changes
+            raise NotFound(
+                self.hide(f"{url} is not trusted: {error}"), code="certificate", sent=False
+            ) from None
         except aiohttp.ClientConnectorError as error:
             raise ConnectFailed(self.hide(f"no connection to {url}: {error.os_error or error}")) from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
@@ -245,11 +252,13 @@ class Endpoint:
         if self._session is None:
             import aiohttp
 
+            proxy = _proxy_for(self.base_url)
+            self._secrets |= _accounts(proxy or "")
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=READ_BUFFER,
-                proxy=_proxy_for(self.base_url),
+                proxy=proxy,
             )
             self._loop = loop
             # nobody has to close a client that was given to an RLM, and is not given up
@@ -373,19 +382,33 @@ def lenient(data: Any, kind: type[Value]) -> Value | None:
 
 
 def find_key(
-    given: str | secrets.SecretText | None, variables: Sequence[str], url: str, chosen: bool
+    given: str | secrets.SecretText | None,
+    variables: Sequence[str],
+    url: str,
+    chosen: bool,
+    own: bool = False,
 ) -> str | None:
     """The key that is given, else that of the first of these environment variables that is set.
 
     A key of the environment was meant for the address of the environment, or for the provider's
-    own. To another one, which ``chosen`` says it is, it does not travel unencrypted.
+    own. To another one, which ``chosen`` says it is, it does not travel unencrypted. With ``own``
+    it is a key for servers of one's own, and may go to one on this machine.
     """
     if given is not None:
-        return secrets.reveal(given).strip()
+        return as_text("api_key", secrets.reveal(given)).strip()
     scheme, _, rest = url.strip().partition("://")
-    if chosen and (scheme.lower() != "https" or "@" in rest.partition("/")[0]):  # it says who is calling
+    if chosen and "@" in rest.partition("/")[0]:  # it says who is calling
+        return None
+    if chosen and scheme.lower() != "https" and not (own and is_loopback(url)):
         return None
     return first_set(variables)
+
+
+def as_text(name: str, value: Any) -> str:
+    """The value of this setting, if it is a text; it is not shown where it is none."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}= is no text, but a {type(value).__name__}")
+    return value
 
 
 def missing_key(provider: str, variables: Sequence[str]) -> AuthError:
@@ -419,11 +442,20 @@ _QUOTA = re.compile(
     re.IGNORECASE,
 )
 _OVERFLOW = re.compile(
-    r"context_length_exceeded|exceed_context_size|context (window|length|size|limit)"
+    r"context_length_exceeded|exceed_context_size"
+    r"|\b(exceed|max|available|larger|longer|greater|beyond|outside|fit|too )"
+    r".{0,80}\bcontext (window|length|size|limit)"
+    r"|\bcontext (window|length|size|limit)( (is|was|of|has been|only))* ?(exceeded|overflow|full|\(?\d)"
     r"|maximum (prompt|model) length|prompt is too long|input is too long|input token count .* exceeds"
     r"|too many (input )?tokens|reduce the length",
     re.IGNORECASE,
 )
+_OVERFLOW_CODE = re.compile(r"context_length_exceeded|exceed_context_size", re.IGNORECASE)
+"""What says so on its own, also with the status of a failure of the server's."""
+_TOO_LARGE = re.compile(r"request too large|must be reduced", re.IGNORECASE)
+"""Said of a request that is larger than all that a minute allows: it is so at every attempt."""
+_SPENT = re.compile(r"exceeded your current quota", re.IGNORECASE)
+"""A quota for a minute is told with the same words, and status 429."""
 _FILTERED = re.compile(
     r"content[_ ](filter|policy)|ResponsibleAIPolicy|safety system|input was flagged", re.IGNORECASE
 )
@@ -456,7 +488,7 @@ def failure(
     details: dict[str, Any] = {
         "status": status,
         "code": hide(told.code) or None,
-        "request_id": headers.get("x-request-id") or headers.get("request-id"),
+        "request_id": hide(headers.get("x-request-id") or headers.get("request-id") or "") or None,
     }
     kind = _kind(status, f"{told.code} {told.message}")
     if issubclass(kind, RateLimited | Unavailable | Timeout):
@@ -470,12 +502,16 @@ def _kind(status: int, words: str) -> type[ModelError]:
     """What a status means, and where one status means several things, what the words say."""
     if status == 402 or (status in (400, 403, 429) and _QUOTA.search(words)):
         return QuotaExceeded
+    if status in (400, 403) and _SPENT.search(words):
+        return QuotaExceeded
     if status == 429:
-        return RateLimited
+        return BadRequest if _TOO_LARGE.search(words) else RateLimited
     if status == 408:
         return Timeout
     if status == 501:
         return BadRequest
+    if status >= 500 and _OVERFLOW_CODE.search(words):
+        return ContextOverflow
     if status in (409, 425) or status >= 500:
         return Unavailable
     if status in (400, 413, 422) and _OVERFLOW.search(words):
@@ -632,15 +668,37 @@ def _address(url: str) -> tuple[str, str]:
     return plain.rstrip("/"), urllib.parse.unquote(account)
 
 
+def is_loopback(url: str) -> bool:
+    """Whether an address is this machine's own, and nothing sent there travels."""
+    try:
+        host = urllib.parse.urlsplit(url.strip()).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _proxy_for(url: str) -> str | None:
     """The proxy that the environment names for an address; looked up once, not at each call."""
     import urllib.request
 
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
-    if host in ("localhost", "::1") or host.startswith("127.") or urllib.request.proxy_bypass(host):
+    if is_loopback(url) or urllib.request.proxy_bypass(host):
         return None
     return urllib.request.getproxies().get(parts.scheme)
+
+
+def _accounts(url: str) -> set[str]:
+    """The name and the password in a proxy's address, as errors may have them: aiohttp writes them anew."""
+    import yarl
+
+    given = url.rpartition("@")[0].rpartition("//")[2]
+    accounts = {given} if given else set()
+    with contextlib.suppress(ValueError):
+        accounts |= {yarl.URL(url).raw_authority.rpartition("@")[0]} - {""}
+    passwords = {account.partition(":")[2] or account for account in accounts}
+    whole = {f"{account}@" for account in accounts}  # also where the password is too short to be hidden alone
+    return whole | passwords | {urllib.parse.unquote(password) for password in passwords}
 
 
 def _clip(text: str) -> str:

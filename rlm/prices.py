@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import msgspec
 
 from .client import Feature, ModelInfo, Price
+from .errors import ConfigError
 
 _DATED = re.compile(r"-(\d{8}|\d{4}-\d{2}-\d{2})$")
 
@@ -75,3 +77,13 @@ def lookup(provider: str | None, model: str) -> ModelInfo:
     name = model.removeprefix("models/").removeprefix(f"{provider}/")
     table = _table()
     return table.get((provider, name)) or table.get((provider, _DATED.sub("", name))) or ModelInfo()
+
+
+def as_price(given: Any) -> Price | None:
+    """What a user gives for a price: a `Price`, its fields, or None. Anything else is a ConfigError."""
+    if given is None or isinstance(given, Price):
+        return given
+    try:
+        return msgspec.convert(given, Price)
+    except msgspec.ValidationError as error:  # it is not shown: a key may be in the wrong place
+        raise ConfigError(f"price= is no price, but a {type(given).__name__}: {error}") from None

@@ -99,10 +99,17 @@ def _plain(value: Any) -> Any:
 
 
 class Recorder(jsonl.Appender):
-    """A file that any number of `RecordingLM` write to. Readable by its owner only."""
+    """A file that any number of `RecordingLM` write to. Readable by its owner only.
+
+    Raises ConfigError where no such file can be.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path, "recording")
+        try:
+            super().__init__(path, "recording")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"the recording {str(path)!r} cannot be written: {reason}") from error
 
     def record(self, client: BaseLM) -> RecordingLM:
         """The same client, with its calls written here. Closing it leaves this file open for others."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from rlm import RLM, adapter
 from rlm.adapter import SyncLM
 from rlm.client import Message, Reply, Request, Usage
+from rlm.config import Config
 from rlm.errors import ConfigError, ModelError, RateLimited
 from rlm.events import EventBus
 from rlm.handler import Caller, LMHandler
@@ -208,6 +214,91 @@ async def test_closing_waits_for_nobody_and_leaves_no_thread() -> None:
     assert (await running).text == "late"
 
 
+async def test_a_call_waits_for_no_thread_unless_told_to() -> None:
+    everyone = threading.Barrier(Config().max_concurrent_calls)
+
+    def meet(request: Request) -> str:
+        everyone.wait(PATIENCE)
+        return "met"
+
+    client = SyncLM(meet)
+    replies = await asyncio.gather(*(client.complete(HELLO) for _ in range(everyone.parties)))
+    await client.aclose()
+    assert {reply.text for reply in replies} == {"met"}
+
+
+async def test_a_thread_is_used_again_and_ends_when_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "IDLE", 0.2)
+    used: list[threading.Thread] = []
+
+    def note(request: Request) -> str:
+        used.append(threading.current_thread())
+        return "ok"
+
+    client = SyncLM(note, threads=1)
+    for _ in range(3):
+        await client.complete(HELLO)
+    first = used[0]
+    assert (len(set(used)), first.daemon) == (1, True)
+    await asyncio.to_thread(first.join, PATIENCE)
+    assert not first.is_alive()
+    assert (await client.complete(HELLO)).text == "ok"
+    await client.aclose()
+    await asyncio.to_thread(used[-1].join, PATIENCE)
+    assert not used[-1].is_alive()
+
+
+async def test_a_closed_client_takes_no_call() -> None:
+    client = SyncLM(last)
+    await client.aclose()
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        await client.complete(HELLO)
+
+
+async def test_without_a_further_thread_those_that_there_are_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, start = SyncLM(last, threads=2), threading.Thread.start
+    begun = 0
+
+    def once(thread: threading.Thread) -> None:
+        nonlocal begun
+        begun += 1
+        if begun != 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", once)
+    with pytest.raises(RuntimeError, match="can't start"):
+        await client.complete(HELLO)
+    replies = await asyncio.gather(*(client.complete(HELLO) for _ in range(9)))
+    assert [reply.text for reply in replies] == ["hello"] * 9
+    await client.aclose()
+
+
+SLEEPS = """
+import time
+from rlm import RLM
+
+def slow(request):
+    print("begun", flush=True)
+    time.sleep(60)
+
+RLM(backend=slow).completion("context")
+"""
+
+
+def test_a_process_ends_at_an_interrupt_also_while_a_function_runs() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLEEPS], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE)
+        assert b"KeyboardInterrupt" in said
+    finally:
+        process.kill()
+        process.wait()
+
+
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
@@ -227,6 +318,33 @@ async def test_what_a_function_raises_is_raised(error: Exception) -> None:
         with pytest.raises(type(error)) as caught:
             await ask(call)
         assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(),
+     concurrent.futures.CancelledError()],
+    ids=lambda error: f"{type(error).__module__}.{type(error).__name__}",
+)  # fmt: skip
+async def test_what_would_end_more_than_the_call_is_a_model_error(error: BaseException) -> None:
+    def leaves(request: Request) -> str:
+        raise error
+
+    with pytest.raises(ModelError, match=f"the function raised {type(error).__name__}"):
+        await ask(leaves)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_function_that_exits_does_not_end_the_loop_of_all_runs(later: bool) -> None:
+    def leaves(request: Request) -> str:
+        sys.exit(3)
+
+    async def leaves_later(request: Request) -> str:
+        sys.exit(3)
+
+    with pytest.raises(ModelError, match="the function raised SystemExit: 3"):
+        RLM(backend=leaves_later if later else leaves).completion("context")
+    assert RLM(backend=lambda request: "FINAL(on)").completion("context").response == "on"
 
 
 async def test_a_stop_iteration_is_an_error_and_not_an_endless_wait() -> None:

@@ -145,6 +145,16 @@ def test_anthropic_needs_a_key_and_a_server_of_ones_own_does_not() -> None:
     AnthropicLM("m", headers={"Authorization": "Bearer of a token"})
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"price": {"input": KEY}}, {"price": 5}, {"api_key": 5}, {"base_url": 5}, {"base_url": [KEY]}]
+)
+def test_a_setting_that_is_wrong_is_refused_and_not_shown(wrong: Any) -> None:
+    [name] = wrong
+    with pytest.raises(ConfigError, match=f"{name}= is no ") as caught:
+        AnthropicLM("m", **{"api_key": KEY, **wrong})
+    assert KEY not in str(caught.value)
+
+
 def test_a_model_must_be_named() -> None:
     with pytest.raises(ConfigError, match="model_name"):
         AnthropicLM(api_key=KEY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import email.utils
 import gzip
@@ -13,6 +14,7 @@ import shutil
 import ssl
 import subprocess
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +145,17 @@ CASES = {
         RateLimited, "rate_limit_exceeded", retry_after=2.5, headers={
             "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "2.5s",
             "x-ratelimit-remaining-requests": "499", "x-ratelimit-reset-requests": "6m0s"},
+    ),
+    "OpenAI, larger than what a minute allows": Case(
+        429,
+        {"error": {"message": "Request too large for gpt-4o in organization org-x on tokens per min (TPM): "
+                   "Limit 30000, Requested 45000. The input or output tokens must be reduced in order to run "
+                   "successfully.", "type": "tokens", "param": None, "code": "rate_limit_exceeded"}},
+        BadRequest, "rate_limit_exceeded", says="Requested 45000",
+    ),
+    "a gateway, quota": Case(
+        403, {"error": {"message": "You exceeded your current quota, please check your plan."}},
+        QuotaExceeded,
     ),
     "OpenAI, quota": Case(
         429,
@@ -281,6 +294,29 @@ CASES = {
                    "it", "type": "exceed_context_size_error", "n_prompt_tokens": 9001, "n_ctx": 4096}},
         ContextOverflow, "exceed_context_size_error", 4096,
     ),
+    "llama.cpp, overflow as a failure of its own": Case(
+        500,
+        {"error": {"code": 500, "message": "the request exceeds the available context size",
+                   "type": "exceed_context_size_error", "n_prompt_tokens": 9001, "n_ctx": 4096}},
+        ContextOverflow, "exceed_context_size_error", 4096,
+    ),
+    "SGLang, overflow": Case(
+        400,
+        {"object": "error", "message": "The input (5000 tokens) is longer than the model's context length "
+         "(4096 tokens).", "type": "BadRequestError", "code": 400},
+        ContextOverflow, "BadRequestError",
+    ),
+    "Ollama, overflow": Case(
+        400, {"error": "the input length exceeds the context length"}, ContextOverflow,
+    ),
+    "a setting of the context window": Case(
+        400, {"error": {"message": "the context window parameter is not supported", "code": "unsupported"}},
+        BadRequest, "unsupported",
+    ),
+    "a setting of the context size": Case(
+        400, {"error": {"message": "Unknown field: context size. Context length cannot be set here."}},
+        BadRequest,
+    ),
     "llama.cpp, loading": Case(
         503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}},
         Unavailable, "unavailable_error",
@@ -392,6 +428,13 @@ def test_an_unsuccessful_response_is_its_failure(name: str) -> None:
 @pytest.mark.parametrize("name", ["x-request-id", "request-id"])
 def test_the_providers_name_for_a_call_is_kept(name: str) -> None:
     assert failure(500, {name: "req-1"}, b"").request_id == "req-1"
+
+
+@pytest.mark.parametrize("name", ["x-request-id", "request-id"])
+def test_a_key_that_comes_back_as_the_name_of_a_call_is_hidden(name: str) -> None:
+    error = failure(500, {name: f"Bearer {KEY}"}, b"", lambda text: text.replace(KEY, "***"))
+    assert error.request_id == "Bearer ***"
+    assert failure(500, {}, b"").request_id is None
 
 
 @pytest.mark.parametrize(
@@ -753,6 +796,19 @@ async def test_nothing_that_listens_is_a_failure_to_connect() -> None:
     assert caught.value.sent is False
 
 
+@pytest.mark.parametrize(("limit", "said"), [(None, "in time"), (5.0, "within 5 s")])
+async def test_time_that_is_over_is_a_timeout_also_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch, limit: float | None, said: str
+) -> None:
+    async def slow(*_: Any) -> Any:
+        raise TimeoutError  # of the system: a connection on which nothing was heard
+
+    async with endpoint("http://127.0.0.1:9") as client:
+        monkeypatch.setattr(client, "_asked", slow)
+        with pytest.raises(Timeout, match=f"no reply from http://127.0.0.1:9/x {said}"):
+            await client.get("/x", limit)
+
+
 async def test_a_name_that_nobody_has_is_a_failure_to_connect() -> None:
     async with endpoint("http://nobody.invalid") as client:
         with pytest.raises(ConnectFailed):
@@ -771,7 +827,7 @@ async def test_a_server_without_tls_is_a_failure_to_connect() -> None:
                 await client.get("/x", 20)
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_a_failure_to_connect(tmp_path: Path) -> None:
+async def test_a_certificate_that_nobody_vouches_for_is_no_reason_to_try_again(tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         unavailable("openssl is not installed")
     (tmp_path / "config").write_text("[req]\ndistinguished_name=name\n[name]\n")
@@ -789,8 +845,9 @@ async def test_a_certificate_that_nobody_vouches_for_is_a_failure_to_connect(tmp
     tls.load_cert_chain(tmp_path / "cert", tmp_path / "key")
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # of the server, which is left
     async with loopback(tls=tls) as server, endpoint(server.url.replace("http", "https"), BEARER) as client:
-        with pytest.raises(ConnectFailed, match="certificate"):
+        with pytest.raises(NotFound, match=r"is not trusted: .*certificate") as caught:
             await client.get("/x", 5)
+    assert (caught.value.code, caught.value.sent, caught.value.retryable) == ("certificate", False, False)
     assert server.heads == []
 
 
@@ -815,6 +872,29 @@ async def test_a_proxy_is_asked_for_a_tunnel_and_sees_no_key(monkeypatch: pytest
         assert KEY not in str(caught.value)
         assert proxy.heads[0].startswith("CONNECT models.test:443 HTTP/1.1\r\n")
         assert KEY not in proxy.heads[0]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("password", ["hunter2222", "hunter%2f%7e", "hunt"])
+async def test_the_password_of_a_proxy_that_refuses_is_in_no_error(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, password: str
+) -> None:
+    async with loopback(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n") as proxy:
+        monkeypatch.setenv(f"{scheme}_proxy", f"http://me:{password}@127.0.0.1:{proxy.port}")
+        async with endpoint(f"{scheme}://models.test/v1") as client:
+            with pytest.raises(ModelError) as caught:
+                await client.get("/models", 5)
+            assert "hunt" not in repr(caught.value)
+        encoded = base64.b64encode(f"me:{urllib.parse.unquote(password)}".encode()).decode()
+        assert proxy.header("proxy-authorization") == [f"Basic {encoded}"]
+
+
+async def test_a_proxy_that_is_no_address_does_not_show_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "me:hunter2222@proxy.test:port")
+    async with endpoint("http://models.test/v1") as client:
+        with pytest.raises(ModelError) as caught:
+            await client.get("/models", 5)
+    assert "hunter" not in repr(caught.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "LOCALHOST", "[::1]"])

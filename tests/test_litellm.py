@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import pytest_asyncio
@@ -250,12 +250,29 @@ async def test_a_key_of_the_environment_does_not_travel_unencrypted_to_an_addres
     assert KEY not in repr(server.seen)
 
 
-async def test_every_attempt_has_a_time(
-    server: ModelServer, priced: LiteLLM, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("limit", "told"), [(None, client.UNLIMITED), (1234.5, 1234.5)])
+async def test_an_attempt_takes_as_long_as_the_request_says(
+    priced: LiteLLM, monkeypatch: pytest.MonkeyPatch, limit: float | None, told: float
 ) -> None:
-    monkeypatch.setattr(client, "LONGEST", 0.3)
+    seen: list[Any] = []
+
+    async def asked(**arguments: Any) -> Any:
+        seen.append(arguments["timeout"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(priced._library, "acompletion", asked)
+    await failure(priced, ask(timeout=limit))
+    assert seen == [told]
+
+
+async def test_an_attempt_that_takes_longer_is_a_timeout(server: ModelServer, priced: LiteLLM) -> None:
+    await reply_to(priced)  # the first call of all takes a while
     server.reply = Behaviour(fault="hang")
-    assert type(await failure(priced)) is Timeout
+    assert type(await failure(priced, ask(timeout=0.3))) is Timeout
+
+
+async def test_an_attempt_without_a_limit_gets_its_reply(priced: LiteLLM) -> None:
+    assert (await reply_to(priced, ask(timeout=None))).text
 
 
 async def test_nothing_is_said_on_the_terminal(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
 from aimock_support import Aimock
 from llama_support import LlamaServer
@@ -33,6 +34,7 @@ from rlm.testing.dialects import Behaviour
 from rlm.testing.model_server import ModelServer
 from rlm_openai import VLLM, AzureOpenAILM, GeminiLM, OpenAILM, OpenRouterLM, PortkeyLM, VercelLM
 from rlm_openai.auto import AutoLM
+from rlm_scripted import ScriptedLM
 
 KEY = "sk-test-2b7d41c98e-not-to-be-seen"
 
@@ -188,6 +190,27 @@ async def test_a_key_of_the_environment_does_not_go_in_clear_to_an_address_that_
     client = make(OpenAILM, "m", base_url=server.url.replace("http", scheme))
     await client.complete(ask())
     assert KEY not in repr(server.seen[0].headers)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "LOCALHOST", "[::1]"])
+def test_a_key_for_servers_of_ones_own_goes_to_one_on_this_machine_and_no_other_key_does(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert KEY not in VLLM("m", base_url=f"http://{host}:9/v1").endpoint.hide(KEY)  # it has it, and hides it
+    assert KEY in OpenAILM("m", base_url=f"http://{host}:9/v1").endpoint.hide(KEY)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://10.0.0.1/v1", "http://127.evil.test/v1", "http://localhost.evil.test", "http://127.1.test",
+            "http://me:pw@127.0.0.1/v1", "http://localhost@evil.test/v1"]
+)  # fmt: skip
+def test_a_key_for_servers_of_ones_own_does_not_go_in_clear_to_another_machine(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    assert KEY in VLLM("m", base_url=url).endpoint.hide(KEY)
 
 
 @pytest.mark.parametrize("variable", ["OPENAI_BASE_URL", "LLM_BASE_URL"])
@@ -368,10 +391,22 @@ def test_a_price_that_is_given_goes_before_the_table(price: Any) -> None:
         assert (info.price, info.context_window) == (Price(1, 2), 7)
 
 
-@pytest.mark.parametrize("price", [{"input": 1}, {"input": 1, "output": 2, "outptu": 3}, {"input": "1"}])
-def test_a_price_that_is_none_is_refused(price: Any) -> None:
-    with pytest.raises(ConfigError, match="is no price"):
+@pytest.mark.parametrize(
+    "price",
+    [{"input": 1}, {"input": 1, "output": 2, "outptu": 3}, {"input": KEY}, {"key": KEY}, KEY, 5, [1, 2]],
+)
+def test_a_price_that_is_none_is_refused_and_not_shown(price: Any) -> None:
+    with pytest.raises(ConfigError, match="is no price") as caught:
         OpenAILM("m", api_key=KEY, price=price)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["api_key", "base_url"])
+@pytest.mark.parametrize("value", [5, [KEY], KEY.encode()])
+def test_a_setting_that_is_no_text_is_refused_and_not_shown(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{setting}= is no text, but a {type(value).__name__}") as caught:
+        OpenAILM("m", **{"api_key": KEY, setting: value})
+    assert KEY not in str(caught.value)
 
 
 # --- which model --------------------------------------------------------------------------------
@@ -477,6 +512,30 @@ async def test_a_stream_that_ends_with_a_reason_alone_has_ended(make: Make, serv
     answers(server, {"choices": [{"delta": {"content": "a"}}]}, {"choices": [{"finish_reason": "stop"}]})
     pieces, reply = await streamed(make(OpenAILM, "m", base_url=server.url), ask())
     assert (pieces, reply.text, reply.usage.estimated) == (["a"], "a", True)
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+@pytest.mark.parametrize("usage", [{}, {"total_tokens": 9}, "null"])
+async def test_what_nobody_has_counted_is_a_guess_and_not_nothing(
+    make: Make, server: ModelServer, api: str, usage: Any
+) -> None:
+    names = (
+        ("input_tokens", "output_tokens") if api == "responses" else ("prompt_tokens", "completion_tokens")
+    )
+    usage = dict.fromkeys(names) if usage == "null" else usage
+    reply = {
+        "usage": usage,
+        "choices": [{"message": {"content": "whole"}, "finish_reason": "stop"}],
+        "output": [{"type": "message", "content": [{"text": "whole"}]}],
+    }
+    answers(server, reply)
+    client = make(OpenAILM, "m", base_url=server.url, api=api)
+    guess = Usage.estimate(ask().messages, "whole")
+    assert (await client.complete(ask())).usage == guess
+    answers(server, {**reply, "usage": {**usage, names[1]: 0}})
+    assert (await client.complete(ask())).usage == msgspec.structs.replace(guess, output_tokens=0)
+    answers(server, {**reply, "usage": {names[0]: 3, names[1]: 0}})
+    assert (await client.complete(ask())).usage == Usage(3, 0)
 
 
 async def test_a_server_that_does_not_stream_is_read_whole(make: Make, server: ModelServer) -> None:
@@ -725,6 +784,34 @@ async def test_a_client_that_cannot_be_prepared_leaves_nothing_open(
     server.models = ["a", "b"]
     with pytest.raises(ConfigError, match="serves 'a', 'b'"):
         await make(AutoLM).prepare()
+
+
+class PlainStreamLM(ScriptedLM):
+    """Whose stream is an iterator and no more."""
+
+    def stream(self, request: Request) -> Any:
+        class Pieces:
+            left: ClassVar[list[str | Reply]] = ["a", Reply("a")]
+
+            def __aiter__(self) -> Any:
+                return self
+
+            async def __anext__(self) -> str | Reply:
+                if not self.left:
+                    raise StopAsyncIteration
+                return self.left.pop(0)
+
+        return Pieces()
+
+
+async def test_a_stream_that_is_an_iterator_and_no_more_is_handed_over(
+    monkeypatch: pytest.MonkeyPatch, make: Make
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(plugins, "load", lambda group, name: lambda **settings: PlainStreamLM("a"))
+    client = make(AutoLM)
+    await client.prepare()
+    assert (await streamed(client, ask()))[0] == ["a"]
 
 
 async def test_a_server_of_this_machine_is_found_and_it_says_so(

@@ -11,14 +11,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlm import jsonl, recording
+from rlm import RLM, jsonl, recording
 from rlm.client import (
     BaseLM,
     Message,
@@ -212,6 +212,29 @@ async def test_a_line_says_what_was_asked_and_answered_and_nothing_more(tmp_path
     assert 0 <= data["seconds"] < 60
 
 
+class PlainStream:
+    def __init__(self) -> None:
+        self._left: list[str | Reply] = ["a", Reply("a")]
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str | Reply:
+        if not self._left:
+            raise StopAsyncIteration
+        return self._left.pop(0)
+
+
+class PlainStreamLM(BaseLM):
+    """Whose stream is an iterator and no more."""
+
+    async def complete(self, request: Request) -> Reply:
+        return Reply("a")
+
+    def stream(self, request: Request) -> AsyncIterator[str | Reply]:
+        return PlainStream()
+
+
 async def test_the_requests_own_model_is_recorded(tmp_path: Path) -> None:
     client = RecordingLM(ScriptedLM("x", model_name="m"), tmp_path / "r.jsonl")
     await client.complete(ask(model="other"))
@@ -223,6 +246,34 @@ async def test_the_requests_own_model_is_recorded(tmp_path: Path) -> None:
 async def test_a_recording_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     Recorder(tmp_path / "r.jsonl").close()
     assert stat.S_IMODE((tmp_path / "r.jsonl").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("missing/r.jsonl", "No such file or directory"), ("", "Is a directory"), ("file/r.jsonl", "Not a dir"),
+     ("a\0b", "null byte")],
+)  # fmt: skip
+def test_a_path_that_cannot_be_written_is_a_config_error_and_leaves_nothing(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConfigError, match=f"the recording '.*' cannot be written: .*{reason}"):
+        RecordingLM(ScriptedLM("x"), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_run_with_such_a_path_is_refused_likewise(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written: No such file"):
+        RLM(backend=ScriptedLM("x"), record=tmp_path / "missing" / "r.jsonl").completion("context")
+
+
+async def test_a_stream_that_has_no_end_of_its_own_is_recorded(tmp_path: Path) -> None:
+    client = RecordingLM(PlainStreamLM(), tmp_path / "r.jsonl")
+    assert isinstance(client, SupportsStream)
+    assert [piece async for piece in client.stream(ask())] == ["a", Reply("a")]
+    assert [recorded.reply.text for recorded in load(tmp_path / "r.jsonl")] == ["a"]
+    await client.aclose()
 
 
 async def test_a_call_that_fails_is_not_recorded(tmp_path: Path) -> None:

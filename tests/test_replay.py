@@ -95,6 +95,21 @@ def test_a_whole_run_is_replayed_by_name(tmp_path: Path) -> None:
     assert again.usage_summary.total_cost == 0.0
 
 
+async def test_it_answers_to_the_name_of_every_model_that_was_recorded(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "r.jsonl") as recorder:
+        for name in ("root", "A", "root", "B"):
+            client = RecordingLM(ScriptedLM(lambda _, name=name: f"of {name}", model_name=name), recorder)
+            await client.complete(ask("the same"))
+    replay = ReplayLM(tmp_path / "r.jsonl")
+    assert (replay.model_name, replay.model_names) == ("root", ("root", "A", "B"))
+    for name in replay.model_names:
+        assert (await replay.complete(ask("the same", model=name))).text == f"of {name}"
+    with pytest.raises(ReplayMiss):
+        await replay.complete(ask("the same", model="C"))
+    one = ReplayLM(tmp_path / "r.jsonl", model_name="B")
+    assert (one.model_names, (await one.complete(ask("the same"))).text) == (("B",), "of B")
+
+
 def test_it_is_found_by_its_name_and_says_that_no_model_answers() -> None:
     assert load("rlm.clients", "replay") is ReplayLM
     assert ReplayLM.simulated

@@ -9,7 +9,7 @@ import msgspec
 from rlm import prices
 from rlm.client import ModelInfo, Price, Request
 from rlm.errors import ConfigError, ProtocolError
-from rlm.http import HTTPLM, Dialect, Endpoint, find_key, first_set, missing_key
+from rlm.http import HTTPLM, Dialect, Endpoint, as_text, find_key, first_set, missing_key
 from rlm.secrets import Secret, SecretText
 
 from .messages import COUNTED, Messages
@@ -47,11 +47,11 @@ class AnthropicLM(HTTPLM):
     ) -> None:
         if not model_name:
             raise ConfigError("say which model is meant: model_name='...'")
-        url = _versioned(base_url or first_set(URL_VARIABLES) or HOME)
+        url = _versioned(as_text("base_url", base_url or first_set(URL_VARIABLES) or HOME))
         self.model_name = model_name
         self._is_home = url == HOME
         self._window = context_window
-        self._price = msgspec.convert(price, Price) if isinstance(price, Mapping) else price
+        self._price = prices.as_price(price)
         self._dialect = Messages(self.info, max_tokens)
         self.endpoint = Endpoint(url, self._headers(api_key, url, base_url is not None, headers or {}))
 

@@ -21,8 +21,8 @@ from rlm.secrets import SecretText
 from . import library
 from .failures import failure
 
-LONGEST = 600.0
-"""Seconds of an attempt where the request names none: LiteLLM's own limit is 100 minutes."""
+UNLIMITED = 30 * 24 * 3600.0
+"""Seconds that LiteLLM is told where a request has no limit: told nothing, it takes one of its own."""
 
 FINISH: dict[str | None, Finish] = {
     None: "stop", "stop": "stop", "length": "length", "content_filter": "filter"
@@ -167,7 +167,7 @@ class LiteLLM(BaseLM):
             **self._settings.revealed(),
             "model": request.model or self.model_name,
             "messages": [{"role": message.role, "content": message.content} for message in request.messages],
-            "timeout": request.timeout or LONGEST,
+            "timeout": UNLIMITED if request.timeout is None else request.timeout,
             "num_retries": 0,
             "max_retries": 0,
             **{name: value for name, value in asked.items() if value is not None},
@@ -175,7 +175,7 @@ class LiteLLM(BaseLM):
         }
 
     @asynccontextmanager
-    async def _failures(self, deadline: float) -> AsyncIterator[None]:
+    async def _failures(self, deadline: float | None) -> AsyncIterator[None]:
         """Make ModelErrors of whatever goes wrong, and of time that is over."""
         within = sys.exception()
         limit = asyncio.timeout_at(deadline)
@@ -251,8 +251,8 @@ class _Gathered:
         )
 
 
-def _deadline(request: Request) -> float:
-    return asyncio.get_running_loop().time() + (request.timeout or LONGEST)
+def _deadline(request: Request) -> float | None:
+    return None if request.timeout is None else asyncio.get_running_loop().time() + request.timeout
 
 
 def _was_ended(chunks: Any) -> bool:

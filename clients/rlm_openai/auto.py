@@ -8,7 +8,6 @@ a recording is never chosen.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -73,10 +72,14 @@ class AutoLM(BaseLM):
         if not isinstance(client, SupportsStream):
             yield await client.complete(request)
             return
-        stream: Any = client.stream(request)
-        async with contextlib.aclosing(stream) as pieces:
+        pieces = client.stream(request)
+        try:
             async for piece in pieces:
                 yield piece
+        finally:
+            close = getattr(pieces, "aclose", None)  # which an iterator need not have
+            if close is not None:
+                await close()
 
     def info(self, model: str) -> ModelInfo:
         return self._chosen().info(model)

@@ -51,16 +51,18 @@ class _Usage(msgspec.Struct):
     completion_tokens_details: _OutputDetails | None = None
     cost: float | None = None
 
-    def normalised(self) -> Usage:
+    def normalised(self, guess: Usage) -> Usage:
+        """Tokens by our names; a count that is not there is the guess."""
         read = self.prompt_tokens_details or _InputDetails()
         wrote = self.completion_tokens_details or _OutputDetails()
         return Usage(
-            input_tokens=self.prompt_tokens or 0,
-            output_tokens=self.completion_tokens or 0,
+            input_tokens=guess.input_tokens if self.prompt_tokens is None else self.prompt_tokens,
+            output_tokens=guess.output_tokens if self.completion_tokens is None else self.completion_tokens,
             cached_tokens=read.cached_tokens or 0,
             cache_write_tokens=read.cache_write_tokens or 0,
             reasoning_tokens=wrote.reasoning_tokens or 0,
             cost=self.cost,
+            estimated=self.prompt_tokens is None or self.completion_tokens is None,
         )
 
 
@@ -156,11 +158,11 @@ class ChatAssembler:
 
 
 def _made(source: _Completion, text: str, reason: str | None, told: Any, request: Request) -> Reply:
-    usage = lenient(told, _Usage)
+    usage = lenient(told, _Usage) or _Usage()
     return Reply(
         text=text,
         finish=FINISH.get(reason, "other") if reason else "stop",
-        usage=usage.normalised() if usage else Usage.estimate(request.messages, text),
+        usage=usage.normalised(Usage.estimate(request.messages, text)),
         model=source.model,
         id=source.id,
     )

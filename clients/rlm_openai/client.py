@@ -11,7 +11,7 @@ import msgspec
 from rlm import prices
 from rlm.client import ModelInfo, Price
 from rlm.errors import ConfigError, ProtocolError
-from rlm.http import HTTPLM, Dialect, Endpoint, find_key, first_set, missing_key
+from rlm.http import HTTPLM, Dialect, Endpoint, as_text, find_key, first_set, missing_key
 from rlm.secrets import Secret, SecretText
 
 from .chat import Chat
@@ -89,6 +89,7 @@ class OpenAILM(HTTPLM):
         url = base_url or first_set(preset.url_variables) or preset.base_url
         if url is None:
             raise ConfigError(f"say where {preset.title} is: base_url='http://...'")
+        url = as_text("base_url", url)
         self._is_home = url.rstrip("/") == (preset.base_url or url).rstrip("/")
         key = self._key_header(api_key, url, headers or {}, chosen=base_url is not None)
         self.endpoint = Endpoint(url, {**key, **(headers or {})}, query)
@@ -96,10 +97,7 @@ class OpenAILM(HTTPLM):
             raise ConfigError(f"say which of {preset.title}'s models is meant: model_name='...'")
         self.model_name = model_name or UNNAMED
         self._window = context_window
-        try:
-            self._price = msgspec.convert(price, Price) if isinstance(price, Mapping) else price
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"price={price!r} is no price: {error}") from None
+        self._price = prices.as_price(price)
         cache_key = preset.cache_key and self._is_home
         field = preset.token_field if self._is_home else Preset.token_field
         self._dialect: Dialect = Chat(field, cache_key) if api == "chat" else Responses(cache_key)
@@ -145,7 +143,7 @@ class OpenAILM(HTTPLM):
         preset = self.preset
         if any(name.lower() == preset.key_header.lower() for name in headers):
             return {}
-        key = find_key(given, preset.key_variables, url, chosen)
+        key = find_key(given, preset.key_variables, url, chosen, own=not preset.needs_key)
         if key is None:
             if preset.needs_key and self._is_home:
                 raise missing_key(preset.title, preset.key_variables)

@@ -37,14 +37,16 @@ class _Usage(msgspec.Struct):
     input_tokens_details: _InputDetails | None = None
     output_tokens_details: _OutputDetails | None = None
 
-    def normalised(self) -> Usage:
+    def normalised(self, guess: Usage) -> Usage:
+        """Tokens by our names; a count that is not there is the guess."""
         read = self.input_tokens_details or _InputDetails()
         wrote = self.output_tokens_details or _OutputDetails()
         return Usage(
-            input_tokens=self.input_tokens or 0,
-            output_tokens=self.output_tokens or 0,
+            input_tokens=guess.input_tokens if self.input_tokens is None else self.input_tokens,
+            output_tokens=guess.output_tokens if self.output_tokens is None else self.output_tokens,
             cached_tokens=read.cached_tokens or 0,
             reasoning_tokens=wrote.reasoning_tokens or 0,
+            estimated=self.input_tokens is None or self.output_tokens is None,
         )
 
 
@@ -151,11 +153,11 @@ def _made(response: _Response, request: Request) -> Reply:
     said = [item for output in response.output if output.type == "message" for item in output.content or ()]
     text = "".join(content.text or content.refusal for content in said)
     reason = response.incomplete_details.reason if response.incomplete_details else None
-    usage = lenient(response.usage, _Usage)
+    usage = lenient(response.usage, _Usage) or _Usage()
     return Reply(
         text=text,
         finish=FINISH.get(reason, "other") if reason or response.status == "incomplete" else "stop",
-        usage=usage.normalised() if usage else Usage.estimate(request.messages, text),
+        usage=usage.normalised(Usage.estimate(request.messages, text)),
         model=response.model,
         id=response.id,
     )

@@ -22,8 +22,9 @@ class ReplayLM(BaseLM):
     """Serves the replies of a recording, each to the request that it was a reply to.
 
     A request that was recorded several times gets its replies in their order, and then the
-    last one again. A request that names no model gets the reply of whichever was recorded, so
-    that one ReplayLM stands in for all the models of a run; unless ``model_name`` names one.
+    last one again. One ReplayLM stands in for all the models of a run, `model_names`: a request
+    that names one of them gets that model's reply, and one that names none gets the reply of
+    whichever was recorded. With ``model_name`` it is that model alone.
     What was not recorded is a ReplayMiss, which says what comes nearest to it.
     """
 
@@ -34,6 +35,9 @@ class ReplayLM(BaseLM):
         self._recorded = recording.load(self._path)
         self.model_name = model_name or self._recorded[0].model
         self._model = model_name
+        names = dict.fromkeys(recorded.model for recorded in self._recorded)
+        self.model_names: tuple[str, ...] = tuple(names) if model_name is None else (model_name,)
+        """The models it can be asked for by name."""
         self._replies: dict[str, list[Reply]] = defaultdict(list)
         for recorded in self._recorded:
             self._replies[recorded.key].append(recorded.reply)

@@ -118,10 +118,12 @@ def counted(usage: Any) -> Usage | None:
         tokens = msgspec.convert(usage, Tokens)
     except msgspec.ValidationError:
         return None
+    if tokens.prompt_tokens is None or tokens.completion_tokens is None:
+        return None
     read, wrote = tokens.prompt_tokens_details or Details(), tokens.completion_tokens_details or Details()
     return Usage(
-        tokens.prompt_tokens or 0,
-        tokens.completion_tokens or 0,
+        tokens.prompt_tokens,
+        tokens.completion_tokens,
         cached_tokens=read.cached_tokens or 0,
         reasoning_tokens=wrote.reasoning_tokens or 0,
     )
