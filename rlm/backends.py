@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from .pace import RateLimit, SharedTimes
 from .recording import Recorder
 
 if TYPE_CHECKING:
+    from .cache import Cache
     from .config import Config
 
 
@@ -29,6 +31,7 @@ class Backends:
         *,
         keys: frozenset[str] = frozenset(),
         recorder: Recorder | None = None,
+        cache: Cache | None = None,
         sampling: Mapping[str, Any] | None = None,
         sub_sampling: Mapping[str, Any] | None = None,
     ) -> None:
@@ -36,6 +39,8 @@ class Backends:
         self._sub = sub or (self.gates[0] if self.gates else None)
         self._keys = keys
         self._recorder = recorder
+        self.cache = cache
+        """Where replies are kept, if anywhere."""
         self._sampling = _fields(sampling or {})
         self._sub_sampling = self._sampling if sub_sampling is None else _fields(sub_sampling)
 
@@ -87,11 +92,15 @@ class Backends:
 
     async def aclose(self) -> None:
         """Close what was made for these, and not what was given. Safe to call twice."""
-        for gate in self.gates:
-            if gate.owned:
-                await gate.client.aclose()
-        if self._recorder is not None:
-            self._recorder.close()
+        try:
+            for gate in self.gates:
+                if gate.owned:
+                    await gate.client.aclose()
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
+            if self.cache is not None:
+                await self.cache.aclose()
 
     def hide(self, text: str) -> str:
         """A text without keys: those in the settings, and those in the environment."""
@@ -100,9 +109,31 @@ class Backends:
 
 def connect(config: Config) -> Backends:
     """The clients that a config names. Raises ConfigError or PluginError for what cannot be had."""
-    policy = Policy(config.max_retries, config.call_timeout, config.hedge_after)
-    pools = _Pools(config.rate_limits, config.share_rate_limits)
-    recorder = Recorder(config.record) if config.record is not None else None
+    wanted = _wanted(config)
+    with contextlib.ExitStack() as opened:
+        recorder = opened.enter_context(Recorder(config.record)) if config.record is not None else None
+        cache = opened.enter_context(_cache(config.cache)) if config.cache is not None else None
+        gates = _gates(config, wanted, recorder)
+        opened.pop_all()  # all went well: they stay open
+    return Backends(
+        gates,
+        sub=gates[1] if len(gates) > 1 else None,  # without a sub_backend the first of the others, as in rlms
+        keys=frozenset(secrets.find([kwargs for _, kwargs in wanted])),
+        recorder=recorder,
+        cache=cache,
+        sampling=config.sampling_args,
+        sub_sampling=config.sub_sampling_args,
+    )
+
+
+def _cache(path: Path) -> Cache:
+    from .cache import Cache  # whoever has none need not have SQLite
+
+    return Cache(path)
+
+
+def _wanted(config: Config) -> list[tuple[Any, dict[str, Any]]]:
+    """The backends of a config with their keywords: the root's, that of sub-calls, the others."""
     wanted = [(config.backend, config.backend_kwargs)]
     if config.sub_backend is not None:
         wanted.append((config.sub_backend, config.sub_backend_kwargs))
@@ -112,23 +143,54 @@ def connect(config: Config) -> Backends:
             f"other_backend_kwargs has {len(settings)} entries, and other_backends has "
             f"{len(config.other_backends)}: there is one for each"
         )
-    wanted += zip(config.other_backends, settings, strict=True)
+    return [*wanted, *zip(config.other_backends, settings, strict=True)]
+
+
+def _gates(
+    config: Config, wanted: Sequence[tuple[Any, dict[str, Any]]], recorder: Recorder | None
+) -> list[Gate]:
+    policy = Policy(config.max_retries, config.call_timeout, config.hedge_after)
+    pools = _Pools(config.rate_limits, config.share_rate_limits)
+    identities = _identities(wanted) if config.cache is not None else [""] * len(wanted)
     gates = []
-    for backend, kwargs in wanted:
+    for (backend, kwargs), identity in zip(wanted, identities, strict=True):
         client, name = _client(backend, kwargs), name_of(backend)
         if recorder is not None:
             client = recorder.record(client)
         pool_for = functools.partial(pools.of, name)
         owned = not isinstance(backend, BaseLM)
-        gates.append(Gate(client, name, owned=owned, policy=policy, pool_for=pool_for, prices=config.prices))
-    return Backends(
-        gates,
-        sub=gates[1] if len(gates) > 1 else None,  # without a sub_backend the first of the others, as in rlms
-        keys=frozenset(secrets.find([kwargs for _, kwargs in wanted])),
-        recorder=recorder,
-        sampling=config.sampling_args,
-        sub_sampling=config.sub_sampling_args,
-    )
+        gate = Gate(
+            client,
+            name,
+            owned=owned,
+            policy=policy,
+            pool_for=pool_for,
+            prices=config.prices,
+            identity=identity,
+        )
+        gates.append(gate)
+    return gates
+
+
+def _identities(wanted: Sequence[tuple[Any, dict[str, Any]]]) -> list[str]:
+    """What tells each backend from others of its name, in a cache that other processes share.
+
+    For one that is made by name: what it is made with. Of an object nothing more is known than that it
+    is none of those before it.
+    """
+    from .cache import settings_key
+
+    objects: dict[str, list[Any]] = {}
+    found = []
+    for backend, kwargs in wanted:
+        if isinstance(backend, str):
+            found.append(settings_key(kwargs))
+            continue
+        alike = objects.setdefault(name_of(backend), [])
+        if not any(other is backend for other in alike):
+            alike.append(backend)
+        found.append(f"object {[other is backend for other in alike].index(True) + 1}")
+    return found
 
 
 class _Pools:

@@ -201,11 +201,14 @@ class Gate:
         policy: Policy | None = None,
         pool_for: Callable[[str, str], Sequence[Pool]] | None = None,
         prices: dict[str, Price] | None = None,
+        identity: str = "",
     ) -> None:
         self.client = client
         self.name = name or type(client).__name__
         self.owned = owned
         """Whether the client is closed with the gate; one that was given is closed by who gave it."""
+        self.identity = identity
+        """What tells this client from others of its name: for a cache, whose replies outlive the client."""
         self.policy = policy or Policy()
         self._own_pool = (Pool(self.name),)
         self._pool_for = pool_for or (lambda provider, model: self._own_pool)
@@ -217,6 +220,11 @@ class Gate:
         if model not in self._prices:
             self._prices[model] = self.client.info(model).price
         return self._prices[model]
+
+    def origin(self, request: Request) -> tuple[str, str, str, str]:
+        """Whose reply this would be: the backend, what it was made with, its address, the model."""
+        model = request.model or self.client.model_name
+        return self.name, self.identity, self._provider(model), model
 
     async def call(
         self,
@@ -339,10 +347,12 @@ class Gate:
         model = request.model or self.client.model_name
         pools = self._pools.get(model)
         if pools is None:
-            client = self.client
-            provider = client.pool_key(model) if isinstance(client, SupportsPoolKey) else self.name
-            pools = self._pools[model] = self._pool_for(provider, model)
+            pools = self._pools[model] = self._pool_for(self._provider(model), model)
         return pools
+
+    def _provider(self, model: str) -> str:
+        client = self.client
+        return client.pool_key(model) if isinstance(client, SupportsPoolKey) else self.name
 
 
 def _estimate(request: Request) -> int:

@@ -1,6 +1,7 @@
 """The LMHandler: the one door to models.
 
-Every model call of a run tree, the root's included, goes through `complete`: it is
+Every model call of a run tree, the root's included, goes through `complete`: unless a
+cache has its reply (see `rlm.cache`), it is
 reserved in the ledger, passed through its client's gate (see `rlm.gate`), settled and
 recorded, in that order and nowhere else. Sandboxes reach the handler over TCP, on loopback,
 each with a session's token; what a session's calls may do is decided by the function that serves it.
@@ -22,8 +23,9 @@ from .backends import Backends
 from .client import BaseLM, Message, Price, Reply, Request
 from .errors import ModelError, RLMError
 from .events import AnyEvent, EventBus, ModelFailed, ModelOutput, ModelReplied, ModelRequested, ModelRetried
-from .gate import Retry
+from .gate import Gate, Retry
 from .ledger import Ledger
+from .recording import RecordingLM
 from .session import Connection, Receive, ServeCalls, Session
 
 BACKLOG = 1024
@@ -75,6 +77,7 @@ class LMHandler:
         self._id = uuid.uuid4().hex
         self._listen = (host, port)
         self._server: asyncio.Server | None = None
+        self._sharing = self.models.cache.sharing() if self.models.cache is not None else None
         self._sessions: dict[str, Session] = {}
         self._strangers: set[Connection] = set()
 
@@ -141,13 +144,27 @@ class LMHandler:
 
         A failed attempt is made again as the gate's policy says. Raises LimitExceeded before
         the call when the ledger has none left, ModelError when the model gives no reply.
+        What the cache has, or an identical call is about to bring, is not asked for.
         """
         sub = caller.kind == "sub" or caller.depth > 0
         gate = self.models.choose(model, sub=sub)
         call = _Call(self, caller, gate.client.model_name, messages[prefix:], prefix)
+        request = self._request(messages, caller, sub)
+        if self._sharing is None:
+            return await self._make(gate, request, call, caller)
+        make = functools.partial(self._make, gate, request, call, caller)
+        reply, is_known = await self._sharing.reply(gate, request, make)
+        if is_known:
+            call.known(reply, reply.model or call.model)
+            if isinstance(gate.client, RecordingLM):
+                gate.client.record(request, reply, call.start)
+        return reply
+
+    async def _make(self, gate: Gate, request: Request, call: _Call, caller: Caller) -> Reply:
+        """Make a call that nobody has made yet, and keep the accounts of it."""
         try:
             reply = await gate.call(
-                self._request(messages, caller, sub),
+                request,
                 call,
                 slots=self._slots,
                 seconds_left=self.ledger.seconds_left,
@@ -221,7 +238,7 @@ class _Call:
         self._messages = list(messages)
         self._prefix = prefix
         self._number = 0
-        self._start = 0.0
+        self.start = time.perf_counter()
         self._written: list[str] = []
         self._told_at = 0.0
 
@@ -230,11 +247,8 @@ class _Call:
         if self._number:
             return
         self._number = self._handler.ledger.reserve_call()
-        self._start = time.perf_counter()
-        self._emit(
-            ModelRequested,
-            kind=self._caller.kind, model=self.model, prefix=self._prefix, messages=self._messages,
-        )  # fmt: skip
+        self.start = time.perf_counter()
+        self._emit_requested()
 
     def retried(self, retry: Retry) -> None:
         self.started()  # a provider that is down may not have been asked at all
@@ -257,11 +271,13 @@ class _Call:
 
     def replied(self, reply: Reply, model: str) -> None:
         self._handler.ledger.settle(model, reply.usage)
-        self._emit(
-            ModelReplied,
-            kind=self._caller.kind, model=model, text=reply.text, finish=reply.finish, usage=reply.usage,
-            seconds=time.perf_counter() - self._start,
-        )  # fmt: skip
+        self._emit_replied(reply, model, cached=False)
+
+    def known(self, reply: Reply, model: str) -> None:
+        """There was no need to make the call: both events at once, and nothing from the budget."""
+        self._number = self._handler.ledger.hit(model)
+        self._emit_requested()
+        self._emit_replied(reply, model, cached=True)
 
     def failed(self, error: BaseException) -> None:
         if not self._number:  # ended before it was made, so it was not made
@@ -270,7 +286,20 @@ class _Call:
         self._emit(
             ModelFailed,
             kind=self._caller.kind, model=self.model, error=f"{type(error).__name__}: {error}",
-            seconds=time.perf_counter() - self._start,
+            seconds=time.perf_counter() - self.start,
+        )  # fmt: skip
+
+    def _emit_requested(self) -> None:
+        self._emit(
+            ModelRequested,
+            kind=self._caller.kind, model=self.model, prefix=self._prefix, messages=self._messages,
+        )  # fmt: skip
+
+    def _emit_replied(self, reply: Reply, model: str, cached: bool) -> None:
+        self._emit(
+            ModelReplied,
+            kind=self._caller.kind, model=model, text=reply.text, finish=reply.finish, usage=reply.usage,
+            seconds=time.perf_counter() - self.start, cached=cached,
         )  # fmt: skip
 
     def _emit(self, event: Callable[..., AnyEvent], **values: Any) -> None:

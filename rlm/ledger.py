@@ -40,12 +40,13 @@ class Ledger:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.calls = 0
+        self.hits = 0
         self.in_flight = 0
         self._usage: dict[str, ModelUsageSummary] = {}
         self._deadline = None if limits.max_timeout is None else time.monotonic() + limits.max_timeout
 
     def reserve_call(self) -> int:
-        """Take one call from the budget, before it is made. Returns its number, from 1.
+        """Take one call from the budget, before it is made. Returns its number, from 1, hits included.
 
         Raises MaxCallsExceeded or TimeoutExceeded when there is none left.
         """
@@ -62,12 +63,18 @@ class Ledger:
             raise self.out_of_time()
         self.calls += 1
         self.in_flight += 1
-        return self.calls
+        return self.calls + self.hits
 
     def settle(self, model: str, usage: Usage) -> None:
         """A reserved call came back with this usage."""
         self.in_flight -= 1
         self._usage.setdefault(model, ModelUsageSummary()).add(usage)
+
+    def hit(self, model: str) -> int:
+        """A reply was had without a call, and takes nothing from the budget. Returns its number."""
+        self.hits += 1
+        self._usage.setdefault(model, ModelUsageSummary()).add_hit()
+        return self.calls + self.hits
 
     def retried(self, model: str) -> None:
         """An attempt of a reserved call failed, and is made again."""
