@@ -196,6 +196,19 @@ async def test_hits_leave_the_loop_to_others(kept: Cache) -> None:
     assert ran == [True]
 
 
+async def test_hits_by_the_hundred_leave_the_loop_to_others_in_between(kept: Cache) -> None:
+    handler = handler_for(counting(), kept)
+    await handler.complete(HELLO, SUB)
+    tasks = [asyncio.create_task(handler.complete(HELLO, SUB)) for _ in range(10 * cache.HITS_AT_A_TIME)]
+    rounds = 0
+    while not all(task.done() for task in tasks):
+        before = handler.ledger.hits
+        await asyncio.sleep(0)
+        rounds += 1
+        assert handler.ledger.hits - before <= cache.HITS_AT_A_TIME
+    assert rounds >= 10
+
+
 # --- misses --------------------------------------------------------------------------------------
 
 BASE = asked("hello", max_tokens=5, temperature=0.5, stop=("x",), seed=1, schema={"a": 1}, extra={"b": 1})
