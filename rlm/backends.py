@@ -180,16 +180,14 @@ def _identities(wanted: Sequence[tuple[Any, dict[str, Any]]]) -> list[str]:
     """
     from .cache import settings_key
 
-    objects: dict[str, list[Any]] = {}
+    objects: dict[str, dict[int, int]] = {}
     found = []
     for backend, kwargs in wanted:
         if isinstance(backend, str):
             found.append(settings_key(kwargs))
             continue
-        alike = objects.setdefault(name_of(backend), [])
-        if not any(other is backend for other in alike):
-            alike.append(backend)
-        found.append(f"object {[other is backend for other in alike].index(True) + 1}")
+        alike = objects.setdefault(name_of(backend), {})
+        found.append(f"object {alike.setdefault(id(backend), len(alike) + 1)}")
     return found
 
 

@@ -307,7 +307,13 @@ def _make_private(path: Path) -> None:
 
 
 def _connected(path: Path, patience: float) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        f"{path.as_uri()}?mode=rw",  # never made here: it would be readable by everybody
+        uri=True,
+        timeout=patience,
+        isolation_level=None,
+        check_same_thread=False,
+    )
     try:
         connection.execute("PRAGMA synchronous = NORMAL")
     except BaseException:

@@ -762,6 +762,27 @@ def test_an_empty_file_becomes_a_cache(path: Path) -> None:
     assert len(rows(path)) == 1
 
 
+@pytest.mark.parametrize("name", ["a b?c=d#e%41&", "täxt", os.fsdecode(b"\xff")], ids=ascii)
+def test_the_file_may_have_any_name(tmp_path: Path, name: str) -> None:
+    with Cache(tmp_path / name) as kept:
+        kept.put(KEY, Reply("x"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with Cache(tmp_path / name) as kept:
+        assert kept.get(KEY) is not None
+
+
+def test_a_file_that_is_deleted_meanwhile_is_not_made_again_for_everybody_to_read(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Cache(path) as kept:
+        for file in path.parent.iterdir():
+            file.unlink()
+        kept.put(KEY, Reply("x"))
+        _soon(lambda: bool(warnings_in(caplog)))
+    assert warnings_in(caplog) == [f"the cache {path} is not written any more: unable to open database file"]
+    assert not path.exists()
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Somebody else writes, and does not stop."""
