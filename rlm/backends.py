@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import traceback
@@ -19,6 +20,7 @@ from .pace import RateLimit, SharedTimes
 from .recording import Recorder
 
 if TYPE_CHECKING:
+    from .cache import Cache
     from .config import Config
 
 
@@ -36,6 +38,7 @@ class Backends:
         keys: frozenset[str] = frozenset(),
         recorder: Recorder | None = None,
         limited: Sequence[str] = (),
+        cache: Cache | None = None,
         sampling: Mapping[str, Any] | None = None,
         sub_sampling: Mapping[str, Any] | None = None,
     ) -> None:
@@ -44,6 +47,8 @@ class Backends:
         self._keys = keys
         self._recorder = recorder
         self._limited = limited
+        self.cache = cache
+        """Where replies are kept, if anywhere."""
         self._sampling = _fields(sampling or {})
         self._sub_sampling = self._sampling if sub_sampling is None else _fields(sub_sampling)
 
@@ -84,9 +89,11 @@ class Backends:
         for gate in self.gates:
             for name in (gate.client.model_name, *getattr(gate.client, "model_names", ())):
                 names.setdefault(name, gate)
+        without = [gate for gate in self.gates if gate not in names.values()]
+        for gate in [*without, *self.gates]:
+            names.setdefault(f"{gate.name}/{gate.client.model_name}", gate)
         for gate in self.gates:
             names.setdefault(gate.name, gate)
-            names.setdefault(f"{gate.name}/{gate.client.model_name}", gate)
         return names
 
     def _offered(self) -> str:
@@ -133,6 +140,8 @@ class Backends:
         finally:
             if self._recorder is not None:
                 self._recorder.close()
+            if self.cache is not None:
+                await self.cache.aclose()
 
     def hide(self, text: str) -> str:
         """A text without keys: those in the settings, and those in the environment."""
@@ -159,32 +168,30 @@ class Backends:
 
 def connect(config: Config) -> Backends:
     """The clients that a config names. Raises ConfigError or PluginError for what cannot be had."""
-    policy = Policy(config.max_retries, config.call_timeout, config.hedge_after)
-    pools = _Pools(config.rate_limits, config.share_rate_limits)
     wanted = _wanted(config)
     clients = [client_of(backend, kwargs) for backend, kwargs in wanted]
-    recorder = Recorder(config.record) if config.record is not None else None
-    gates = [
-        Gate(
-            recorder.record(client) if recorder is not None else client,
-            name_of(backend),
-            owned=not isinstance(backend, BaseLM),
-            policy=policy,
-            pool_for=functools.partial(pools.of, name_of(backend)),
-            prices=config.prices,
-        )
-        for client, (backend, _) in zip(clients, wanted, strict=True)
-    ]
+    with contextlib.ExitStack() as opened:
+        recorder = opened.enter_context(Recorder(config.record)) if config.record is not None else None
+        cache = opened.enter_context(_cache(config.cache)) if config.cache is not None else None
+        gates = _gates(config, wanted, clients, recorder)
+        opened.pop_all()  # all went well: they stay open
     told = [config.sampling_args, config.sub_sampling_args, *(kwargs for _, kwargs in wanted)]
     return Backends(
         gates,
         sub=gates[1] if len(gates) > 1 else None,  # without a sub_backend the first of the others, as in rlms
         keys=frozenset(secrets.find(told)),
         recorder=recorder,
+        cache=cache,
         limited=tuple(config.rate_limits),
         sampling=config.sampling_args,
         sub_sampling=config.sub_sampling_args,
     )
+
+
+def _cache(path: Path) -> Cache:
+    from .cache import Cache  # whoever has none need not have SQLite
+
+    return Cache(path)
 
 
 def _wanted(config: Config) -> list[tuple[Any, Mapping[str, Any]]]:
@@ -201,6 +208,48 @@ def _wanted(config: Config) -> list[tuple[Any, Mapping[str, Any]]]:
             f"{len(config.other_backends)}: there is one for each"
         )
     return [*wanted, *zip(config.other_backends, settings, strict=True)]
+
+
+def _gates(
+    config: Config,
+    wanted: Sequence[tuple[Any, Mapping[str, Any]]],
+    clients: Sequence[BaseLM],
+    recorder: Recorder | None,
+) -> list[Gate]:
+    policy = Policy(config.max_retries, config.call_timeout, config.hedge_after)
+    pools = _Pools(config.rate_limits, config.share_rate_limits)
+    identities = _identities(wanted) if config.cache is not None else [""] * len(wanted)
+    return [
+        Gate(
+            recorder.record(client) if recorder is not None else client,
+            name_of(backend),
+            owned=not isinstance(backend, BaseLM),
+            policy=policy,
+            pool_for=functools.partial(pools.of, name_of(backend)),
+            prices=config.prices,
+            identity=identity,
+        )
+        for client, (backend, _), identity in zip(clients, wanted, identities, strict=True)
+    ]
+
+
+def _identities(wanted: Sequence[tuple[Any, Mapping[str, Any]]]) -> list[str]:
+    """What tells each backend from others of its name, in a cache that other processes share.
+
+    For one that is made by name: what it is made with. Of an object nothing more is known than that it
+    is none of those before it.
+    """
+    from .cache import settings_key
+
+    objects: dict[str, dict[int, int]] = {}
+    found = []
+    for backend, kwargs in wanted:
+        if isinstance(backend, str):
+            found.append(settings_key(kwargs))
+            continue
+        alike = objects.setdefault(name_of(backend), {})
+        found.append(f"object {alike.setdefault(id(backend), len(alike) + 1)}")
+    return found
 
 
 class _Pools:

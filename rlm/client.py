@@ -91,6 +91,8 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """The provider's name for the call."""
     raw: Any = None
     """The provider's own reply, as data, where there is more in it."""
+    cached: bool = False
+    """Whether it was found in the cache of an RLM, or shared with an identical call: set at the door."""
 
 
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -211,6 +213,8 @@ class ModelUsageSummary(msgspec.Struct):
     """Attempts that failed and were made again; some may have been billed."""
     unpriced_calls: int = 0
     """Calls whose cost nobody knows: ``total_cost`` is without them."""
+    total_cache_hits: int = 0
+    """Replies that cost no call, see ``cache=``. They are in none of the other figures."""
 
     def add(self, usage: Usage) -> None:
         """Count one call."""
@@ -222,6 +226,11 @@ class ModelUsageSummary(msgspec.Struct):
             self.total_cost = (self.total_cost or 0.0) + usage.cost
         else:
             self.unpriced_calls += 1
+
+    def add_hit(self) -> None:
+        """Count a reply that cost no call: nothing, which is a known cost."""
+        self.total_cache_hits += 1
+        self.total_cost = self.total_cost or 0.0
 
 
 class UsageSummary(msgspec.Struct):
@@ -248,6 +257,11 @@ class UsageSummary(msgspec.Struct):
     def total_cached_tokens(self) -> int:
         """Of the input, tokens that providers had in their caches."""
         return sum(usage.total_cached_tokens for usage in self.model_usage_summaries.values())
+
+    @property
+    def total_cache_hits(self) -> int:
+        """Replies over all models that cost no call, and are in no other figure."""
+        return sum(usage.total_cache_hits for usage in self.model_usage_summaries.values())
 
     @property
     def total_cost(self) -> float | None:

@@ -136,6 +136,12 @@ class Config(BaseModel):
         strict=False,
         description="File to which every request and reply is appended, for backend='replay'.",
     )
+    cache: Path | None = Field(
+        None,
+        strict=False,
+        description="File of complete replies, for any number of processes: what was asked before is not "
+        "asked again, and identical calls in flight are made once. Delete it to start anew.",
+    )
     custom_system_prompt: str | None = Field(
         None, description="Replaces the system prompt, exactly as written."
     )

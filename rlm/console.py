@@ -40,6 +40,7 @@ class Console:
         self._lock = threading.Lock()
         self._at = 0.0
         self._turns = self._cells = self._in_flight = self._calls = self._tokens = self._children = 0
+        self._hits = 0
 
     def __call__(self, event: AnyEvent) -> None:
         with self._lock:
@@ -75,7 +76,11 @@ class Console:
             self._turns += event.kind == "root" and event.parent is None
         elif isinstance(event, ModelReplied):
             self._in_flight -= 1
-            self._tokens += event.usage.input_tokens + event.usage.output_tokens
+            if event.cached:  # and no call after all
+                self._calls -= 1
+                self._hits += 1
+            else:
+                self._tokens += event.usage.input_tokens + event.usage.output_tokens
         elif isinstance(event, ModelFailed):
             self._in_flight -= 1
         elif isinstance(event, CellFinished):
@@ -84,8 +89,9 @@ class Console:
             self._children += event.parent is not None
 
     def _summary(self) -> Text:
+        hits = f"{self._hits} replies from the cache, " if self._hits else ""
         return Text(
-            f"{self._turns} turns, {self._cells} cells, {self._calls} model calls, "
+            f"{self._turns} turns, {self._cells} cells, {self._calls} model calls, {hits}"
             f"{self._children} child runs, {self._tokens:,} tokens, {self._at:.2f} s"
         )
 

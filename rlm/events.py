@@ -55,7 +55,8 @@ class SandboxStarted(Event, frozen=True, kw_only=True, tag="sandbox_started"):
 
 
 class ModelRequested(Event, frozen=True, kw_only=True, tag="model_requested"):
-    """A call goes out. Histories only grow, so only what is new is recorded."""
+    """A call goes out, or would have: one whose reply is ``cached`` is numbered and recorded like any other,
+    at the moment of its reply. Histories only grow, so only what is new is recorded."""
 
     call: int
     kind: Literal["root", "sub"]
@@ -96,6 +97,9 @@ class ModelReplied(Event, frozen=True, kw_only=True, tag="model_replied"):
     finish: Finish
     usage: Usage
     seconds: float
+    cached: bool = False
+    """Whether no call was made: the reply was in the cache, or an identical call's. ``usage`` is then what
+    that call used, at no cost, and ``seconds`` how long it took to be found or waited for."""
 
 
 class ModelFailed(Event, frozen=True, kw_only=True, tag="model_failed"):

@@ -239,11 +239,14 @@ class Gate:
         policy: Policy | None = None,
         pool_for: Callable[[str, str], Sequence[Pool]] | None = None,
         prices: dict[str, Price] | None = None,
+        identity: str = "",
     ) -> None:
         self.client = client
         self.name = name or type(client).__name__
         self.owned = owned
         """Whether the client is closed with the gate; one that was given is closed by who gave it."""
+        self.identity = identity
+        """What tells this client from others of its name: for a cache, whose replies outlive the client."""
         self.policy = policy or Policy()
         self._own_pool = (Pool(self.name),)
         self._pool_for = pool_for or (lambda provider, model: self._own_pool)
@@ -273,6 +276,11 @@ class Gate:
                 log.exception("%s says nothing of %r", self.name, model)
                 self._infos[model] = ModelInfo()
         return self._infos[model]
+
+    def origin(self, request: Request) -> tuple[str, str, str, str]:
+        """Whose reply this would be: the backend, what it was made with, its address, the model."""
+        model = request.model or self.client.model_name
+        return self.name, self.identity, self._address(model) or "", model
 
     async def call(
         self,
@@ -411,11 +419,16 @@ class Gate:
         model = request.model or self.client.model_name
         pools = self._pools.get(model)
         if pools is None:
-            client = self.client
-            key = client.pool_key(model) if isinstance(client, SupportsPoolKey) else None
-            provider = key or f"{self.name}\0{id(client)}"  # nobody else's, whatever others are called
-            pools = self._pools[model] = self._pool_for(provider, model)
+            pools = self._pools[model] = self._pool_for(
+                # without an address: nobody else's, whatever others are called
+                self._address(model) or f"{self.name}\0{id(self.client)}",
+                model,
+            )
         return pools
+
+    def _address(self, model: str) -> str | None:
+        client = self.client
+        return client.pool_key(model) if isinstance(client, SupportsPoolKey) else None
 
 
 def _estimate(request: Request) -> int:

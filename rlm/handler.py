@@ -1,6 +1,7 @@
 """The LMHandler: the one door to models.
 
-Every model call of a run tree, the root's included, goes through `complete`: it is
+Every model call of a run tree, the root's included, goes through `complete`: unless a
+cache has its reply (see `rlm.cache`), it is
 reserved in the ledger, passed through its client's gate (see `rlm.gate`), settled and
 recorded, in that order and nowhere else. Sandboxes reach the handler over TCP, on loopback,
 each with a session's token; what a session's calls may do is decided by the function that serves it.
@@ -24,6 +25,7 @@ from .errors import ModelError, RLMError
 from .events import AnyEvent, EventBus, ModelFailed, ModelOutput, ModelReplied, ModelRequested, ModelRetried
 from .gate import Gate, Retry
 from .ledger import Ledger
+from .recording import RecordingLM
 from .session import Connection, Receive, ServeCalls, Session
 
 BACKLOG = 1024
@@ -75,6 +77,7 @@ class LMHandler:
         self._id = uuid.uuid4().hex
         self._listen = (host, port)
         self._server: asyncio.Server | None = None
+        self._sharing = self.models.cache.sharing() if self.models.cache is not None else None
         self._sessions: dict[str, Session] = {}
         self._strangers: set[Connection] = set()
 
@@ -141,12 +144,25 @@ class LMHandler:
 
         A failed attempt is made again as the gate's policy says. Raises LimitExceeded before
         the call when the ledger has none left, ModelError when the model gives no reply.
+        What the cache has, or an identical call is about to bring, is not asked for.
         """
         sub = caller.kind == "sub" or caller.depth > 0
         gate = self.models.choose(model, sub=sub)
         call = _Call(self, caller, gate.client.model_name, messages[prefix:], prefix)
         request = self._request(messages, caller, gate, sub)
-        held = await self.ledger.reserve(request, call.model, gate.info(call.model), sub=sub)
+        if self._sharing is None:
+            return await self._make(gate, request, call, caller)
+        make = functools.partial(self._make, gate, request, call, caller)
+        reply, is_known = await self._sharing.reply(gate, request, make)
+        if is_known:
+            call.known(reply)
+            if isinstance(gate.client, RecordingLM):
+                gate.client.record(request, reply, call.start)
+        return reply
+
+    async def _make(self, gate: Gate, request: Request, call: _Call, caller: Caller) -> Reply:
+        """Make a call that nobody has made yet, and keep the accounts of it."""
+        held = await self.ledger.reserve(request, call.model, gate.info(call.model), sub=call.sub)
         try:
             call.reserve()
             reply = await gate.call(
@@ -158,7 +174,7 @@ class LMHandler:
             )
             reply = _priced(reply, gate.price(call.model, reply.model))
             call.replied(reply)
-            self.ledger.learn(call.model, request, reply.usage, sub=sub)
+            self.ledger.learn(call.model, request, reply.usage, sub=call.sub)
         except BaseException as error:
             failure = self.models.as_ours(error) if isinstance(error, Exception) else error
             call.failed(failure)
@@ -210,27 +226,26 @@ class _Call:
         self.model = model
         self._handler = handler
         self._caller = caller
-        self._sub = caller.kind == "sub" or caller.depth > 0
+        self.sub = caller.kind == "sub" or caller.depth > 0
         self._messages = list(messages)
         self._prefix = prefix
         self._number = 0
-        self._start = 0.0
+        self._is_made = False
+        self.start = time.perf_counter()
         self._written: list[str] = []
         self._told_at = 0.0
 
     def reserve(self) -> None:
         """Take the call from the budget. Raises LimitExceeded when it has none left."""
-        self._number = self._handler.ledger.reserve_call(sub=self._sub)
+        self._number = self._handler.ledger.reserve_call(sub=self.sub)
 
     def started(self) -> None:
         """The first attempt goes out."""
-        if self._start:
+        if self._is_made:
             return
-        self._start = time.perf_counter()
-        self._emit(
-            ModelRequested,
-            kind=self._caller.kind, model=self.model, prefix=self._prefix, messages=self._messages,
-        )  # fmt: skip
+        self._is_made = True
+        self.start = time.perf_counter()
+        self._emit_requested()
 
     def retried(self, retry: Retry) -> None:
         self.started()  # a provider that is down may not have been asked at all
@@ -252,24 +267,39 @@ class _Call:
             self._told_at = now
 
     def replied(self, reply: Reply) -> None:
-        model = reply.model or self.model
-        self._handler.ledger.settle(model, reply.usage, sub=self._sub)
-        self._emit(
-            ModelReplied,
-            kind=self._caller.kind, model=model, text=reply.text, finish=reply.finish, usage=reply.usage,
-            seconds=time.perf_counter() - self._start,
-        )  # fmt: skip
+        self._handler.ledger.settle(reply.model or self.model, reply.usage, sub=self.sub)
+        self._emit_replied(reply, cached=False)
+
+    def known(self, reply: Reply) -> None:
+        """There was no need to make the call: both events at once, and nothing from the budget."""
+        self._number = self._handler.ledger.hit(reply.model or self.model)
+        self._emit_requested()
+        self._emit_replied(reply, cached=True)
 
     def failed(self, error: BaseException) -> None:
-        if not self._start:  # ended before it was made, so it was not made
+        if not self._is_made:  # ended before it was made, so it was not made
             if self._number:
-                self._handler.ledger.give_back(sub=self._sub)
+                self._handler.ledger.give_back(sub=self.sub)
             return
         self._handler.ledger.fail(self.model, billed=getattr(error, "sent", True))
         self._emit(
             ModelFailed,
             kind=self._caller.kind, model=self.model, error=f"{type(error).__name__}: {error}",
-            seconds=time.perf_counter() - self._start,
+            seconds=time.perf_counter() - self.start,
+        )  # fmt: skip
+
+    def _emit_requested(self) -> None:
+        self._emit(
+            ModelRequested,
+            kind=self._caller.kind, model=self.model, prefix=self._prefix, messages=self._messages,
+        )  # fmt: skip
+
+    def _emit_replied(self, reply: Reply, cached: bool) -> None:
+        model = reply.model or self.model
+        self._emit(
+            ModelReplied,
+            kind=self._caller.kind, model=model, text=reply.text, finish=reply.finish, usage=reply.usage,
+            seconds=time.perf_counter() - self.start, cached=cached,
         )  # fmt: skip
 
     def _emit(self, event: Callable[..., AnyEvent], **values: Any) -> None:

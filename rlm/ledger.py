@@ -130,6 +130,7 @@ class Ledger:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.calls = self.sub_calls = self.children = 0
+        self.hits = 0
         self.in_flight = 0
         self.tokens = Allowance(limits.max_tokens, MaxTokensExceeded, "tokens")
         self.sub_tokens = Allowance(limits.max_sub_tokens, MaxTokensExceeded, "tokens of sub-calls")
@@ -149,7 +150,7 @@ class Ledger:
     # -- calls, counted one by one
 
     def reserve_call(self, *, sub: bool = False) -> int:
-        """Take one call from the budget, before it is made. Returns its number, from 1.
+        """Take one call from the budget, before it is made. Returns its number, from 1, hits included.
 
         Raises MaxCallsExceeded or TimeoutExceeded when there is none left.
         """
@@ -258,6 +259,13 @@ class Ledger:
         self._seen.setdefault((model, sub), _Seen()).add(request, usage)
         if self._keeps and not sub:
             self._keep(usage)
+
+    def hit(self, model: str) -> int:
+        """A reply was had without a call, and takes nothing from the budget. Returns its number."""
+        self.hits += 1
+        self._usage.setdefault(model, ModelUsageSummary()).add_hit()
+        self._numbers += 1
+        return self._numbers
 
     def retried(self, model: str) -> None:
         """An attempt of a reserved call failed, and is made again."""

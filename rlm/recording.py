@@ -163,7 +163,7 @@ class RecordingLM(BaseLM):
     async def complete(self, request: Request) -> Reply:
         start = time.perf_counter()
         reply = await self._client.complete(request)
-        self._record(request, reply, start)
+        self.record(request, reply, start)
         return reply
 
     async def aclose(self) -> None:
@@ -174,7 +174,8 @@ class RecordingLM(BaseLM):
             if not self._is_shared:
                 self._recorder.close()
 
-    def _record(self, request: Request, reply: object, start: float) -> None:
+    def record(self, request: Request, reply: object, start: float) -> None:
+        """Append a call that began at ``start``. A cache's hits are told to this too: a replay needs them."""
         if isinstance(reply, Reply):  # a client that returns something else is told so elsewhere
             model = request.model or self._client.model_name
             seconds = time.perf_counter() - start
@@ -195,7 +196,7 @@ class _Streaming(RecordingLM):
         pieces = self._client.stream(request)
         try:
             async for piece in pieces:
-                self._record(request, piece, start)
+                self.record(request, piece, start)
                 yield piece
         finally:
             close = getattr(pieces, "aclose", None)

@@ -7,7 +7,7 @@ import io
 from rich.console import Console as Terminal
 
 from rlm import events
-from rlm.client import UsageSummary
+from rlm.client import Usage, UsageSummary
 from rlm.console import Console, visible
 
 
@@ -34,6 +34,19 @@ def test_the_end_sums_the_run_up() -> None:
     )
     requested = events.ModelRequested(at=1, run="r", call=1, kind="root", model="m", prefix=0, messages=[])
     assert "1 turns, 0 cells, 1 model calls, 0 child runs, 0 tokens, 2.00 s" in shown(requested, finished)
+
+
+def test_what_was_found_in_the_cache_is_no_call() -> None:
+    finished = events.RunFinished(
+        at=2, run="r", stopped="final", response="yes", iterations=1, seconds=2, usage=UsageSummary()
+    )
+    requested = events.ModelRequested(at=1, run="r", call=1, kind="sub", model="m", prefix=0, messages=[])
+    replied = events.ModelReplied(
+        at=1, run="r", call=1, kind="sub", model="m", text="x", finish="stop", usage=Usage(5, 5), seconds=1,
+        cached=True,
+    )  # fmt: skip
+    text = shown(requested, replied, finished)
+    assert "0 turns, 0 cells, 0 model calls, 1 replies from the cache, 0 child runs, 0 tokens" in text
 
 
 def test_control_characters_are_written_out() -> None:

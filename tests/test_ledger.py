@@ -26,6 +26,23 @@ def test_calls_are_numbered_from_one() -> None:
     assert [ledger.reserve_call() for _ in range(3)] == [1, 2, 3]
 
 
+def test_hits_are_numbered_among_the_calls_and_take_nothing_from_the_budget() -> None:
+    ledger = Ledger(Limits(max_calls=2))
+    numbers = [
+        ledger.reserve_call(),
+        ledger.hit("m"),
+        ledger.hit("m"),
+        ledger.reserve_call(),
+        ledger.hit("n"),
+    ]
+    assert numbers == [1, 2, 3, 4, 5]
+    assert (ledger.calls, ledger.in_flight, ledger.budget(1)["calls"]) == (2, 2, 0)
+    ledger.settle("m", Usage(1, 2, cost=0.5))
+    usage = ledger.usage()
+    assert (usage.total_calls, usage.total_cache_hits, usage.total_cost) == (1, 3, 0.5)
+    assert usage.model_usage_summaries["m"].total_cache_hits == 2
+
+
 def test_without_a_limit_there_is_always_a_call_left() -> None:
     ledger = Ledger(Limits())
     for _ in range(1000):

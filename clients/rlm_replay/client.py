@@ -87,7 +87,8 @@ class ReplayLM(BaseLM):
 
 def _free(reply: Reply) -> Reply:
     """The reply at what it costs now: nobody was paid for it. What was paid then is in the file."""
-    return msgspec.structs.replace(reply, usage=msgspec.structs.replace(reply.usage, cost=0.0))
+    usage = msgspec.structs.replace(reply.usage, cost=0.0)
+    return msgspec.structs.replace(reply, usage=usage, cached=False)
 
 
 def _percent(similarity: float) -> str:
