@@ -7,6 +7,7 @@ package adds to the ``rlm`` command, a typer app, stands in ``rlm.commands``.
 
 from __future__ import annotations
 
+import configparser
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -47,18 +48,42 @@ def installed(group: Group) -> list[Plugin]:
     """Every entry point of a group, by name. Nothing is imported."""
     import importlib.metadata
 
-    found = {
-        (point.name, point.value, _owner(point)): point
-        for point in importlib.metadata.entry_points(group=group)
-    }
-    return [
-        Plugin(name, target, *owner, entry_point=point)
-        for (name, target, owner), point in sorted(found.items(), key=lambda item: item[0])
-    ]
+    found: dict[tuple[str, str, tuple[str, str]], Plugin] = {}
+    first: set[str] = set()
+    for distribution in importlib.metadata.distributions():
+        owner = _owner(distribution)
+        if owner[0] != _NOBODY and owner[0] in first:
+            continue  # one of the same name further back on the path, which nobody can import
+        first.add(owner[0])
+        for name, target in _named(distribution, group):
+            point = importlib.metadata.EntryPoint(name, target, group)
+            found[name, target, owner] = Plugin(name, target, *owner, entry_point=point)
+    return [plugin for _, plugin in sorted(found.items(), key=lambda item: item[0])]
 
 
-def _owner(point: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist else ("unknown", "?")
+_NOBODY = "unknown"
+
+
+def _owner(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
+    """Name and version, whatever is left of the metadata."""
+    try:
+        return distribution.metadata["Name"] or _NOBODY, distribution.version or "?"
+    except Exception:  # a boundary: some packages put a reader of their own in the place of Python's
+        return _NOBODY, "?"
+
+
+def _named(distribution: importlib.metadata.Distribution, group: str) -> list[tuple[str, str]]:
+    """Names and targets of a distribution's entry points in a group. One odd line costs nobody else his."""
+    text = distribution.read_text("entry_points.txt") or ""
+    if f"[{group}]" not in text:
+        return []
+    parser = configparser.ConfigParser(delimiters=("=",), strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign] # names keep their capitals
+    try:
+        parser.read_string(text)
+    except configparser.Error:
+        return []
+    return [(name, target.strip()) for name, target in parser.items(group)]
 
 
 def load(group: Group, name: str) -> Any:

@@ -253,3 +253,13 @@ def test_keywords_that_a_client_does_not_take_are_a_config_error(install: Instal
     install("rlm-echo", "echo = rlm_echo_two:EchoLM", module="rlm_echo_two", code=CLIENT)
     with pytest.raises(ConfigError, match="backend 'echo' does not take these settings"):
         RLM(backend="echo", backend_kwargs={"sufix": "!"}).completion("x")
+
+
+def test_a_reader_of_metadata_that_another_package_puts_in_place_changes_nothing(install: Install) -> None:
+    """importlib_metadata does so when it is imported, which LiteLLM and many others do."""
+    pytest.importorskip("importlib_metadata", reason="importlib_metadata is not installed")
+    site = install("rlm-rest", "rest = m:X\nodd = not a target")
+    (site / "rlm_rest-1.2.3.dist-info" / "METADATA").unlink()
+    assert "scripted" in names(CLIENTS)
+    with pytest.raises(BrokenPlugin, match="odd"):
+        plugins.load(CLIENTS, "odd")
