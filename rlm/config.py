@@ -142,6 +142,9 @@ class Config(BaseModel):
         description="File of complete replies, for any number of processes: what was asked before is not "
         "asked again, and identical calls in flight are made once. Delete it to start anew.",
     )
+    final_answer_validator: Callable[[str], str | None] | None = Field(
+        None, description="Told the final answer; a text it returns is shown to the model, which goes on."
+    )
     custom_system_prompt: str | None = Field(
         None, description="Replaces the system prompt, exactly as written."
     )

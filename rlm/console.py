@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .events import (
+    AnswerRejected,
     AnyEvent,
     CellFinished,
     CellStarted,
@@ -123,6 +124,8 @@ def _line(event: AnyEvent) -> str | None:
         return f"cell {event.cell} -> {visible(outcome)} ({event.seconds:.2f} s)"
     if isinstance(event, ModelFailed):
         return f"call {event.call} failed: {visible(event.error)}"
+    if isinstance(event, AnswerRejected):
+        return f"answer rejected: {visible(event.reason)}"
     if isinstance(event, LimitReached | Warned):
         return visible(event.message)
     if isinstance(event, RunFinished):

@@ -143,6 +143,13 @@ class CellFinished(Event, frozen=True, kw_only=True, tag="cell_finished"):
     seconds: float
 
 
+class AnswerRejected(Event, frozen=True, kw_only=True, tag="answer_rejected"):
+    """A final answer was submitted, and is not what was asked for."""
+
+    iteration: int
+    reason: str
+
+
 class LimitReached(Event, frozen=True, kw_only=True, tag="limit_reached"):
     """A limit stopped something."""
 
@@ -179,6 +186,7 @@ AnyEvent = (
     | CellStarted
     | CellOutput
     | CellFinished
+    | AnswerRejected
     | LimitReached
     | Warned
     | RunFinished

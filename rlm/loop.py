@@ -19,10 +19,12 @@ from typing import Any, Literal, cast
 
 from . import context as contexts
 from . import prompts, protocol
+from .answers import AnswerCheck
 from .client import Message, Reply
 from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import ErrorThresholdExceeded, LimitExceeded, MaxIterationsExceeded, RLMError
 from .events import (
+    AnswerRejected,
     AnyEvent,
     CellFinished,
     CellOutput,
@@ -49,6 +51,8 @@ class Outcome:
     value: Any
     stopped: Stopped
     iterations: int
+    parsed: Any = None
+    """The answer as the type that was asked for."""
 
 
 @dataclasses.dataclass
@@ -84,6 +88,7 @@ class Run:
         parent: str | None = None,
         model: str | None = None,
         notes: Sequence[str] = (),
+        check: AnswerCheck | None = None,
     ) -> None:
         self._tree = tree
         self._context = context
@@ -93,6 +98,7 @@ class Run:
         self._parent = parent
         self._model = model
         self._notes = notes
+        self._check = check or AnswerCheck()
         self._messages: list[Message] = []
         self._sent = 0
         self._iteration = 0
@@ -176,7 +182,13 @@ class Run:
             self._note_prose(reply.text, parsed)
             observation, final = await self._act(reply, parsed)
             if final is not None:
-                return Outcome(final.final_answer or "", final.final_value, "final", self._iteration)
+                text = final.final_answer or ""
+                parsed_answer, complaint = await self._check.check(text, final.final_value)
+                if complaint is None:
+                    return Outcome(text, final.final_value, "final", self._iteration, parsed_answer)
+                self._emit(AnswerRejected, iteration=self._iteration, reason=complaint)
+                left = limits.max_iterations - self._iteration
+                observation = f"{prompts.fill('rejected', reason=complaint)}\n\n({left} turns left)"
             self._messages.append(Message("user", observation))
             self._check_failures()
         limit = limits.max_iterations
@@ -197,6 +209,7 @@ class Run:
             iterations=str(limits.max_iterations),
             question=self._question or prompts.text("no_question"),
         )
+        first = "\n\n".join(part for part in (first, self._check.wanted()) if part)
         return [Message("system", system), Message("user", first)]
 
     async def _ask(self) -> Reply:
@@ -221,7 +234,11 @@ class Run:
             raise reached from error
         directive = parse_reply(reply.text).directive
         text = directive.text if directive is not None and directive.kind == "FINAL" else reply.text
-        return Outcome(text.strip(), None, cast(Stopped, reached.name), self._iteration)
+        parsed, complaint = await self._check.check(text.strip(), None)
+        if complaint is not None:
+            reached.args = (f"{reached}, and its best answer was not accepted: {complaint}",)
+            raise reached
+        return Outcome(text.strip(), None, cast(Stopped, reached.name), self._iteration, parsed)
 
     # -- acting on a reply
 

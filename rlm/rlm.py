@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import context as contexts
 from . import hostloop, plugins
+from .answers import AnswerCheck
 from .backends import Backends, client_of, connect, name_of
 from .client import UsageSummary
 from .environment import BaseEnv, Host, Isolation, REPLResult
@@ -36,6 +37,8 @@ class RLMChatCompletion:
     """The final answer."""
     value: Any
     """The final answer as data, when it was plain data and not a str; else None."""
+    parsed: Any
+    """The final answer as the ``response_model`` that was asked for; else the same as ``value``."""
     stopped: Stopped
     """``"final"``: submitted. The name of a limit: the best there was when it was reached."""
     root_model: str
@@ -81,19 +84,25 @@ class RLM:
 
     # -- completions
 
-    def completion(self, prompt: Any, root_prompt: str | None = None) -> RLMChatCompletion:
+    def completion(
+        self, prompt: Any, root_prompt: str | None = None, *, response_model: Any = None
+    ) -> RLMChatCompletion:
         """Answer ``root_prompt`` about ``prompt``, which is the context.
 
         The context is a str, bytes, list, dict, or a Path (or several): files are read,
         a directory becomes a dict of its files. Without ``root_prompt`` the task is in the
-        context. Raises RLMError; one that ended a run carries its partial answer, usage
+        context. With ``response_model``, a pydantic model or any type pydantic can check, the
+        final answer is data of that type, in ``parsed``; the model is told what is wrong with one
+        that is not. Raises RLMError; one that ended a run carries its partial answer, usage
         and trace. Ctrl-C stops the run, cleans up, and raises KeyboardInterrupt.
         """
-        return hostloop.run(self._complete(prompt, root_prompt, []))
+        return hostloop.run(self._complete(prompt, root_prompt, [], response_model))
 
-    async def acompletion(self, prompt: Any, root_prompt: str | None = None) -> RLMChatCompletion:
+    async def acompletion(
+        self, prompt: Any, root_prompt: str | None = None, *, response_model: Any = None
+    ) -> RLMChatCompletion:
         """`completion`, awaited. Cancelling it stops the run and cleans up."""
-        return await hostloop.delegate(self._complete(prompt, root_prompt, []))
+        return await hostloop.delegate(self._complete(prompt, root_prompt, [], response_model))
 
     async def astream(self, prompt: Any, root_prompt: str | None = None) -> AsyncIterator[AnyEvent]:
         """The events of a completion as they happen; the last is the root's RunFinished.
@@ -136,7 +145,11 @@ class RLM:
     # -- on the core's loop
 
     async def _complete(
-        self, prompt: Any, root_prompt: str | None, subscribers: list[Subscriber]
+        self,
+        prompt: Any,
+        root_prompt: str | None,
+        subscribers: list[Subscriber],
+        response_model: Any = None,
     ) -> RLMChatCompletion:
         config = self.config
         if root_prompt is not None and not isinstance(root_prompt, str):
@@ -146,10 +159,11 @@ class RLM:
             from .console import Console
 
             subscribers.append(Console())
+        check = AnswerCheck(response_model, config.final_answer_validator)
         context = contexts.resolve(prompt)
         backends, notes = await self._connect()
         if config.trace is None:
-            return await self._run(backends, notes, context, root_prompt, EventBus(subscribers))
+            return await self._run(backends, notes, context, root_prompt, EventBus(subscribers), check)
         try:
             writer = JSONLWriter(config.trace)
         except OSError as error:
@@ -158,10 +172,16 @@ class RLM:
             ) from error
         with writer:
             bus = EventBus([*subscribers, writer])
-            return await self._run(backends, notes, context, root_prompt, bus)
+            return await self._run(backends, notes, context, root_prompt, bus, check)
 
     async def _run(
-        self, backends: Backends, notes: list[str], context: Any, question: str | None, events: EventBus
+        self,
+        backends: Backends,
+        notes: list[str],
+        context: Any,
+        question: str | None,
+        events: EventBus,
+        check: AnswerCheck,
     ) -> RLMChatCompletion:
         config = self.config
         if self._new_environment is None:
@@ -181,11 +201,12 @@ class RLM:
                 system_prompt=config.custom_system_prompt,
                 width=config.max_concurrent_subcalls,
             )
-            run = Run(tree, context, question, notes=notes)
+            run = Run(tree, context, question, notes=notes, check=check)
             outcome = await run.run()
         return RLMChatCompletion(
             response=outcome.response,
             value=outcome.value,
+            parsed=outcome.parsed,
             stopped=outcome.stopped,
             root_model=backends.root.client.model_name,
             iterations=outcome.iterations,
