@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import plugins, secrets
 from .adapter import SyncLM
 from .client import BaseLM
-from .errors import ConfigError, ModelError, RLMError
+from .errors import ConfigError, LimitExceeded, ModelError, RLMError
 from .gate import Gate, Policy, Pool
 from .pace import RateLimit, SharedTimes
 from .recording import Recorder
@@ -149,8 +148,10 @@ class Backends:
 
     def as_ours(self, error: Exception) -> RLMError:
         """An error of this framework's own kinds, and without keys in anything that is printed of it."""
-        told = "".join(traceback.format_exception(error))
+        if isinstance(error, LimitExceeded):  # the ledger's own words; a batch may have thousands of them
+            return error
         hidden = self.hide(str(error))
+        told = "\n".join(map(str, _chain(error)))
         if isinstance(error, RLMError):
             failure: RLMError = error
             if hidden != str(error):
@@ -158,12 +159,24 @@ class Backends:
         else:
             failure = ModelError(f"the model call failed: {type(error).__name__}: {hidden}")
             failure.__cause__ = error
-        if self.hide(told) != told:  # a traceback shows what an error came of, too
+        if self.hide(told) != told:  # a traceback shows the text of what an error came of, too
             failure.__cause__ = failure.__context__ = None
         if isinstance(failure, ModelError):
             failure.code = failure.code and self.hide(failure.code)
             failure.request_id = failure.request_id and self.hide(failure.request_id)
         return failure
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, and what it came of, as a traceback would go through them."""
+    chain: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and found not in chain:
+            chain.append(found)
+            waiting += [found.__cause__, found.__context__, *getattr(found, "exceptions", ())]
+    return chain
 
 
 def connect(config: Config) -> Backends:

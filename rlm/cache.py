@@ -73,7 +73,8 @@ def key_of(gate: Gate, request: Request) -> bytes | None:
     try:
         origin = gate.origin(request)
         return hashlib.sha256(jsontext.canonical([*origin, request_key(request, origin[-1])])).digest()
-    except Exception:  # in `extra` may be anything, and an address is a plugin's word
+    except Exception as error:  # in `extra` may be anything, and an address is a plugin's word
+        log.debug("a call of %s cannot be kept: %s", gate.name, type(error).__name__)
         return None
 
 

@@ -272,8 +272,9 @@ class Gate:
         if model not in self._infos:
             try:
                 self._infos[model] = self.client.info(model)
-            except Exception:  # a boundary: a client is somebody else's code
-                log.exception("%s says nothing of %r", self.name, model)
+            except Exception as error:  # a boundary: a client is somebody else's code
+                # its text, and that of a traceback, may hold a key
+                log.warning("%s says nothing of %r: %s", self.name, model, type(error).__name__)
                 self._infos[model] = ModelInfo()
         return self._infos[model]
 

@@ -49,6 +49,11 @@ class Caller(msgspec.Struct, frozen=True):
     depth: int
     kind: Literal["root", "sub"]
 
+    @property
+    def is_sub(self) -> bool:
+        """Whether it is a cell's call, or a child run's turn: anything but a turn of the root."""
+        return self.kind == "sub" or self.depth > 0
+
 
 class LMHandler:
     """Makes model calls on behalf of a run tree, and listens for its sandboxes.
@@ -146,10 +151,9 @@ class LMHandler:
         the call when the ledger has none left, ModelError when the model gives no reply.
         What the cache has, or an identical call is about to bring, is not asked for.
         """
-        sub = caller.kind == "sub" or caller.depth > 0
-        gate = self.models.choose(model, sub=sub)
+        gate = self.models.choose(model, sub=caller.is_sub)
         call = _Call(self, caller, gate.client.model_name, messages[prefix:], prefix)
-        request = self._request(messages, caller, gate, sub)
+        request = self._request(messages, caller, gate)
         if self._sharing is None:
             return await self._make(gate, request, call, caller)
         make = functools.partial(self._make, gate, request, call, caller)
@@ -162,7 +166,7 @@ class LMHandler:
 
     async def _make(self, gate: Gate, request: Request, call: _Call, caller: Caller) -> Reply:
         """Make a call that nobody has made yet, and keep the accounts of it."""
-        held = await self.ledger.reserve(request, call.model, gate.info(call.model), sub=call.sub)
+        held = await self.ledger.reserve(request, call.model, gate.info, sub=call.sub)
         try:
             call.reserve()
             reply = await gate.call(
@@ -185,7 +189,7 @@ class LMHandler:
             self.ledger.release(held)
         return reply
 
-    def _request(self, messages: Sequence[Message], caller: Caller, gate: Gate, sub: bool) -> Request:
+    def _request(self, messages: Sequence[Message], caller: Caller, gate: Gate) -> Request:
         is_turn = caller.kind == "root"
         session = f"{self._id}-{caller.run}" if is_turn else f"{self._id}-sub-{caller.depth}"
         return Request(
@@ -193,7 +197,7 @@ class LMHandler:
             timeout=gate.policy.timeout,
             session=session,
             cache=is_turn,
-            **self.models.sampling(sub=sub),
+            **self.models.sampling(sub=caller.is_sub),
         )
 
     async def each(
@@ -226,7 +230,7 @@ class _Call:
         self.model = model
         self._handler = handler
         self._caller = caller
-        self.sub = caller.kind == "sub" or caller.depth > 0
+        self.sub = caller.is_sub
         self._messages = list(messages)
         self._prefix = prefix
         self._number = 0

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from .client import CHARACTERS_PER_TOKEN, ModelInfo, ModelUsageSummary, Request, Usage, UsageSummary
@@ -184,7 +185,9 @@ class Ledger:
 
     # -- tokens and money, by estimates
 
-    async def reserve(self, request: Request, model: str, info: ModelInfo, *, sub: bool) -> Reservation:
+    async def reserve(
+        self, request: Request, model: str, info: Callable[[str], ModelInfo], *, sub: bool
+    ) -> Reservation:
         """Hold what a call may use of tokens and money; `settle` it in any case.
 
         A call that does not fit into what is left waits for those in flight, which may leave more
@@ -195,7 +198,7 @@ class Ledger:
         if self._is_unlimited:
             return reservation
         async with self._turn:  # first come, first served
-            while (error := self._hold(reservation, request, model, info)) is not None:
+            while (error := self._hold(reservation, request, model, info(model))) is not None:
                 if not self._holding:
                     raise error
                 self._settled.clear()

@@ -552,14 +552,18 @@ async def test_a_client_can_end_neither_the_process_nor_the_run(end: BaseExcepti
     assert (await handler.complete(HELLO, SUB)).text == "on"
 
 
-async def test_a_client_that_knows_nothing_of_its_model_costs_no_reply() -> None:
+async def test_a_client_that_knows_nothing_of_its_model_costs_no_reply(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Odd(Fake):
         def info(self, model: str) -> ModelInfo:
-            raise RuntimeError("no idea")
+            raise RuntimeError("no idea, and sk-planted-1 does not help")
 
     handler = handler_for(Odd())
     assert (await handler.complete(HELLO, SUB)).text == "hi"
     assert handler.ledger.in_flight == 0
+    assert "says nothing of 'fake': RuntimeError" in caplog.text
+    assert "sk-planted" not in caplog.text
 
 
 async def test_a_stream_need_be_no_more_than_an_iterator() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -179,7 +180,9 @@ TELLS = ModelInfo(tells_cost=True)
 ASKS = Request((Message("user", "x" * 400),))
 
 
-async def spend(ledger: Ledger, usage: Usage, *, sub: bool = True, info: ModelInfo = TELLS) -> None:
+async def spend(
+    ledger: Ledger, usage: Usage, *, sub: bool = True, info: Callable[[str], ModelInfo] = lambda model: TELLS
+) -> None:
     """One call, from its reservation to its settlement."""
     held = await ledger.reserve(ASKS, "m", info, sub=sub)
     try:
@@ -197,7 +200,7 @@ async def test_the_first_call_of_a_model_is_made_alone() -> None:
 
     async def call() -> None:
         nonlocal most
-        held = await ledger.reserve(ASKS, "m", TELLS, sub=True)
+        held = await ledger.reserve(ASKS, "m", lambda model: TELLS, sub=True)
         ledger.reserve_call(sub=True)
         first = ledger.calls == 1
         await asyncio.sleep(0.01)
@@ -245,7 +248,7 @@ def test_tokens_go_over_by_no_more_than_what_the_calls_in_flight_used_beyond_the
 
     async def call(usage: Usage) -> None:
         nonlocal beyond
-        held = await ledger.reserve(ASKS, "m", TELLS, sub=True)
+        held = await ledger.reserve(ASKS, "m", lambda model: TELLS, sub=True)
         ledger.reserve_call()
         await asyncio.sleep(0)
         beyond += max(usage.input_tokens + usage.output_tokens - held.tokens, 0)
@@ -263,9 +266,9 @@ def test_tokens_go_over_by_no_more_than_what_the_calls_in_flight_used_beyond_the
 
 async def test_a_failed_or_cancelled_call_gives_back_what_it_held() -> None:
     ledger = Ledger(Limits(max_budget=1.0))
-    held = await ledger.reserve(ASKS, "m", TELLS, sub=False)
-    waiting = asyncio.create_task(ledger.reserve(ASKS, "m", TELLS, sub=False))
-    cancelled = asyncio.create_task(ledger.reserve(ASKS, "m", TELLS, sub=False))
+    held = await ledger.reserve(ASKS, "m", lambda model: TELLS, sub=False)
+    waiting = asyncio.create_task(ledger.reserve(ASKS, "m", lambda model: TELLS, sub=False))
+    cancelled = asyncio.create_task(ledger.reserve(ASKS, "m", lambda model: TELLS, sub=False))
     await asyncio.sleep(0)
     cancelled.cancel()
     ledger.release(held)
@@ -275,11 +278,13 @@ async def test_a_failed_or_cancelled_call_gives_back_what_it_held() -> None:
 async def test_prices_make_an_estimate_of_what_has_not_been_seen() -> None:
     price = Price(input=1_000_000, output=2_000_000)  # one dollar a token, and two
     ledger = Ledger(Limits(max_budget=1000.0))
-    await spend(ledger, Usage(100, 10, cost=120.0), info=ModelInfo(price=price))
-    held = await ledger.reserve(Request((Message("user", "x" * 800),)), "m", ModelInfo(price=price), sub=True)
+    await spend(ledger, Usage(100, 10, cost=120.0), info=lambda model: ModelInfo(price=price))
+    held = await ledger.reserve(
+        Request((Message("user", "x" * 800),)), "m", lambda model: ModelInfo(price=price), sub=True
+    )
     assert (held.tokens, held.cost) == (210, 220)
     capped = Request((Message("user", "x" * 400),), max_tokens=50)
-    assert (await ledger.reserve(capped, "m", ModelInfo(price=price), sub=True)).cost == 200
+    assert (await ledger.reserve(capped, "m", lambda model: ModelInfo(price=price), sub=True)).cost == 200
 
 
 async def test_sub_calls_have_limits_of_their_own() -> None:

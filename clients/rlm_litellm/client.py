@@ -319,7 +319,7 @@ def _info(lite: ModuleType, model: str) -> ModelInfo:
         return ModelInfo()
     try:
         listed = lite.get_model_info(model)
-    except Exception:
+    except Exception:  # of no class of its own, for a model that it does not know
         return ModelInfo()
     offered = listed.get("supported_openai_params")
     return ModelInfo(
