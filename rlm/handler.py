@@ -111,7 +111,8 @@ class LMHandler:
         if self._server is not None:
             self._server.close()
         for session in tuple(self._sessions.values()):
-            self.close_session(session)
+            if not session.outlives_handler:
+                self.close_session(session)
         for connection in tuple(self._strangers):
             connection.transport.abort()
 
@@ -130,6 +131,10 @@ class LMHandler:
         session = Session(serve, receive)
         self._sessions[session.id] = session
         return session
+
+    def take_over(self, session: Session) -> None:
+        """Own a session that another handler has opened; its connection stays."""
+        self._sessions[session.id] = session
 
     def close_session(self, session: Session) -> None:
         """End a session. Safe to call twice."""
