@@ -183,6 +183,9 @@ class SupportsReset(Protocol):
     async def reset(self) -> None:
         """Leave nothing of what was in the session. Raises SandboxError where that cannot be had."""
 
+    async def assign(self, host: Host) -> None:
+        """After a `reset`: serve another host, with its tools. Raises SandboxError."""
+
 
 @dataclasses.dataclass
 class Host:
@@ -444,6 +447,14 @@ class WorkerEnv(BaseEnv):
         self._lost.clear()
         self._given_is_gone = False
         self._cells = 0
+
+    async def assign(self, host: Host) -> None:
+        """See `SupportsReset`."""
+        assert self.session is not None
+        self._host = host
+        self.session.outlives_handler = host.outlives_handler
+        host.handler.take_over(self.session)
+        await self._take_tools(host.tools)
 
     async def put(self, name: str, value: Any) -> None:
         """Put a value into the namespace under a name that is restored after each cell."""

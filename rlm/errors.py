@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from .client import UsageSummary
     from .events import Trace
-    from .ledger import Limits
+    from .limits import Limits
 
 
 class RLMError(Exception):

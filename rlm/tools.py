@@ -123,7 +123,10 @@ class Value:
 class Function:
     """A function that is a tool."""
 
+    name: str
     call: Callable[..., Any]
+    parameters: list[str]
+    """Their names, in order."""
     signature: str
     """As text, e.g. ``(symbol: str, days: int = 7) -> dict``."""
     description: str
@@ -139,7 +142,9 @@ class Function:
         """A user's function, with the text that describes it, or else its docstring."""
         documentation = inspect.getdoc(call) or "" if not isinstance(call, functools.partial) else ""
         return cls(
+            name,
             call,
+            _parameters(call),
             _signature(call),
             description or " ".join(documentation.split()) or "a function",
             documentation or description or "",
@@ -158,7 +163,7 @@ class Function:
         try:
             return self.check(*args, **kwargs)
         except Exception as error:  # whatever a validator of the user's types raises is about these arguments
-            raise ToolError(_complaint(error), "TypeError") from None
+            raise ToolError(f"{self.name}(): {_complaint(error, self.parameters)}", "TypeError") from None
 
 
 NO_TOOLS = Tools({}, {})
@@ -181,6 +186,13 @@ def _check_name(name: Any) -> None:
         raise ConfigError(f"custom_tools: {name!r} is the name of something that every session has")
     if name.startswith("__"):
         raise ConfigError(f"custom_tools: {name!r} is Python's own: choose a name without underscores")
+
+
+def _parameters(call: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(call).parameters)
+    except (ValueError, TypeError):  # of a builtin that does not tell
+        return []
 
 
 def _signature(call: Callable[..., Any]) -> str:
@@ -277,14 +289,20 @@ def _like(call: Callable[..., Any], signature: inspect.Signature, collect: Calla
     return stand_in
 
 
-def _complaint(error: Exception) -> str:
+def _complaint(error: Exception, parameters: list[str]) -> str:
     """What is wrong with arguments, a clause each."""
     problems = getattr(error, "errors", None)
     if not callable(problems):
         return _without_paths(str(error))
-    return "; ".join(
-        f"{'.'.join(map(str, p['loc'])) or 'the arguments'}: {p['msg']}" for p in problems()[:20]
-    )
+    return "; ".join(f"{_place(p['loc'], parameters)}: {p['msg']}" for p in problems()[:20])
+
+
+def _place(location: tuple[int | str, ...], parameters: list[str]) -> str:
+    """Where in the arguments: the parameter's name, where pydantic has its number."""
+    first = location[:1]
+    if first and isinstance(first[0], int) and first[0] < len(parameters):
+        location = (parameters[first[0]], *location[1:])
+    return ".".join(map(str, location)) or "the arguments"
 
 
 def _called(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1223,7 +1223,7 @@ class Namespace:
     def tool(self, name: str, documentation: str) -> Callable[..., Any]:
         """A function that has the host's tool of this name do the work."""
 
-        def function(*args: Any, **kwargs: Any) -> Any:
+        def function(*args, **kwargs):  # type: ignore[no-untyped-def] # its help shows what is written here
             return self._use_tool(name, args, kwargs)
 
         function.__name__ = function.__qualname__ = name
