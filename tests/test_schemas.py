@@ -415,12 +415,12 @@ HOSTILE: list[tuple[Any, Any]] = [
 
 @pytest.mark.parametrize(("schema", "value"), HOSTILE, ids=map(str, range(len(HOSTILE))))
 def test_no_schema_and_no_data_take_long(schema: Any, value: Any) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     try:
         data, why = of_json(schema).parse("", value)
     except ConfigError as error:
         data, why = None, str(error)
-    assert time.perf_counter() - start < 2  # a third of a second, on a machine that does nothing else
+    assert time.thread_time() - start < 2  # a third of a second, usually
     assert why is not None or data == value
     assert len(why or "") < 10_000
 
