@@ -29,7 +29,7 @@ from peers.probes import EDGE, QUESTION, TRIVIAL, probes_of, run_cells, warm_up
 from rlm import RLM, BaseLM, Reply, Request
 
 #: Settings by which an RLM keeps sandboxes of ended child runs for later ones: there are none.
-POOLING: dict[str, Any] = {}
+POOLING: dict[str, Any] = {"pool": 51}  # the root's and fifty children's
 
 CONSTRUCT = "from rlm import RLM; RLM(backend='scripted', environment='local')"
 SCRIPT = """

@@ -79,6 +79,7 @@ class RLM:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._environments: Environments | None = None
         self._conversation: Conversation | None = None
+        self._trees: set[Tree] = set()
         self._tools = Tools.parse(self.config.custom_tools)
         sub_tools = self.config.custom_sub_tools
         self._sub_tools = self._tools if sub_tools is None else Tools.parse(sub_tools)
@@ -142,6 +143,13 @@ class RLM:
             if not task.done():
                 task.cancel()
                 await asyncio.wait([task])
+
+    def cancel(self) -> None:
+        """End the completions of this RLM that are under way, from any thread.
+
+        Whoever waits for one gets `errors.Cancelled`, which carries the partial answer, usage and trace.
+        """
+        hostloop.loop().call_soon_threadsafe(lambda: [tree.cancel() for tree in tuple(self._trees)])
 
     # -- sessions
 
@@ -267,7 +275,11 @@ class RLM:
                 schema_retries=config.schema_retries,
             )
             run = Run(tree, context, question, notes=notes, check=check, turn=turn)
-            outcome = await run.run()
+            self._trees.add(tree)
+            try:
+                outcome = await run.run()
+            finally:
+                self._trees.discard(tree)
         return RLMChatCompletion(
             response=outcome.response,
             value=outcome.value,
