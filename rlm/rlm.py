@@ -149,7 +149,11 @@ class RLM:
 
         Whoever waits for one gets `errors.Cancelled`, which carries the partial answer, usage and trace.
         """
-        hostloop.loop().call_soon_threadsafe(lambda: [tree.cancel() for tree in tuple(self._trees)])
+        hostloop.loop().call_soon_threadsafe(self._cancel_all)
+
+    def _cancel_all(self) -> None:
+        for tree in tuple(self._trees):
+            tree.cancel()
 
     # -- sessions
 
