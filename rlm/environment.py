@@ -443,7 +443,9 @@ class WorkerEnv(BaseEnv):
         async with self._turn:
             assert self.session is not None
             self.session.cancel_calls()
-            await self._command({"t": "reset"}, RESET_TIMEOUT, "begin anew")
+            message = await self._command({"t": "reset"}, RESET_TIMEOUT, "begin anew")
+        if message.error:
+            raise SandboxError(f"the sandbox cannot begin anew: {message.error}")
         self._given.clear()
         self._counts = dict.fromkeys(self._counts, 0)
         self._lost.clear()
