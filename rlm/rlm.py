@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,18 +109,13 @@ class RLM:
 
         With ``persistent=True`` all completions of this RLM are one conversation: see `session`.
         """
-        if self.config.persistent:
-            return self._own_session().completion(prompt, root_prompt, response_model=response_model)
-        return hostloop.run(self._complete(prompt, root_prompt, [], response_model))
+        return hostloop.run(self._begin(prompt, root_prompt, [], response_model))
 
     async def acompletion(
         self, prompt: Any, root_prompt: str | None = None, *, response_model: Any = None
     ) -> RLMChatCompletion:
         """`completion`, awaited. Cancelling it stops the run and cleans up."""
-        if self.config.persistent:
-            session = self._own_session()
-            return await session.acompletion(prompt, root_prompt, response_model=response_model)
-        return await hostloop.delegate(self._complete(prompt, root_prompt, [], response_model))
+        return await hostloop.delegate(self._begin(prompt, root_prompt, [], response_model))
 
     async def astream(self, prompt: Any, root_prompt: str | None = None) -> AsyncIterator[AnyEvent]:
         """The events of a completion as they happen; the last is the root's RunFinished.
@@ -133,7 +128,7 @@ class RLM:
         def put(event: AnyEvent | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        task = asyncio.ensure_future(hostloop.delegate(self._complete(prompt, root_prompt, [put])))
+        task = asyncio.ensure_future(hostloop.delegate(self._begin(prompt, root_prompt, [put])))
         task.add_done_callback(lambda _: put(None))
         try:
             while (event := await queue.get()) is not None:
@@ -217,7 +212,15 @@ class RLM:
 
     # -- on the core's loop
 
-    async def _complete(
+    def _begin(
+        self, prompt: Any, root_prompt: str | None, subscribers: list[Subscriber], response_model: Any = None
+    ) -> Coroutine[Any, Any, RLMChatCompletion]:
+        """A completion by itself, or the next one of this RLM's own session."""
+        if self.config.persistent:
+            return self._own_session().complete(prompt, root_prompt, subscribers, response_model)
+        return self.complete(prompt, root_prompt, subscribers, response_model)
+
+    async def complete(
         self,
         prompt: Any,
         root_prompt: str | None,
@@ -225,6 +228,7 @@ class RLM:
         response_model: Any = None,
         turn: Turn | None = None,
     ) -> RLMChatCompletion:
+        """A completion whose events ``subscribers`` are told, as a ``turn`` of a conversation if it is one."""
         config = self.config
         if root_prompt is not None and not isinstance(root_prompt, str):
             raise ConfigError(f"root_prompt is the question, a str, not {type(root_prompt).__name__}")

@@ -1249,7 +1249,7 @@ class Namespace:
         )
 
     def budget(self) -> dict[str, Any]:
-        """What this run may still use: calls, iterations, seconds; None is unlimited."""
+        """What this run may still use: iterations, calls, tokens, dollars, seconds; None is unlimited."""
         reply, blobs = self._calls.call({"fn": "budget"}, [])
         _raise_failure(reply)
         return dict(json.loads(blobs[0]))
