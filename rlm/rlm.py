@@ -228,7 +228,7 @@ class RLM:
         response_model: Any = None,
         turn: Turn | None = None,
     ) -> RLMChatCompletion:
-        """A completion whose events ``subscribers`` are told, as a ``turn`` of a conversation if it is one."""
+        """A completion, perhaps as a ``turn`` of a conversation; ``subscribers`` are told its events."""
         config = self.config
         if root_prompt is not None and not isinstance(root_prompt, str):
             raise ConfigError(f"root_prompt is the question, a str, not {type(root_prompt).__name__}")
