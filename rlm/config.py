@@ -85,6 +85,14 @@ class Config(Limits):
         True,
         description="Save a session's variables after each completion, in case that its sandbox is lost.",
     )
+    compaction: bool = Field(
+        False,
+        description="When a conversation comes near to what its model reads, go on from a summary; "
+        "all of it stands in the sandbox as `history`.",
+    )
+    compaction_threshold_pct: float = Field(
+        0.85, gt=0, le=1, description="How near: the part of the model's context window."
+    )
     pool: int = Field(
         0, ge=0, description="Environments kept ready between completions, for runs and child runs."
     )

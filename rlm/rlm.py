@@ -19,6 +19,7 @@ from . import hostloop, plugins
 from .answers import AnswerCheck
 from .backends import Backends, client_of, connect, name_of
 from .client import UsageSummary
+from .compaction import Threshold
 from .environment import BaseEnv, Host, Isolation, REPLResult, SupportsPersistence
 from .errors import ConfigError
 from .events import AnyEvent, EventBus, JSONLWriter, Subscriber, Trace
@@ -281,6 +282,7 @@ class RLM:
                 sub_tools=self._sub_tools,
                 schemas=self._schemas,
                 schema_retries=config.schema_retries,
+                compaction=Threshold(config.compaction_threshold_pct) if config.compaction else None,
             )
             run = Run(tree, context, question, notes=notes, check=check, turn=turn)
             self._trees.add(tree)
