@@ -527,7 +527,8 @@ class Run:
         complaint: str | None = None
         for _ in range(self._tree.schema_retries + 1):
             text = (await self._call_model(messages, model, schema)).text
-            value, complaint = schema.parse(text)
+            # a hostile schema takes a while, and holds up no other run
+            value, complaint = await asyncio.to_thread(schema.parse, text)
             if complaint is None:
                 return json.dumps(schema.plain(value))
             again = prompts.fill("schema_again", reason=complaint)
