@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 
-for _module in ("contract", "calls", "robustness", "isolation", "hygiene", "protocol", "clients"):
+for _module in ("contract", "calls", "robustness", "isolation", "hygiene", "protocol", "runs", "clients"):
     pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
 from .calls import Calls
@@ -20,11 +20,12 @@ from .hygiene import Hygiene
 from .isolation import IsolationLevel
 from .protocol import Protocol
 from .robustness import Robustness
+from .runs import Runs
 from .sessions import Cells, Sandbox
 from .suite import CAPABILITIES, CONTRACT_VERSION, Suite, requires
 
 
-class EnvironmentSuite(Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol):
+class EnvironmentSuite(Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol, Runs):
     """All levels. Inherit it as ``TestSomething``, and define the fixture ``environment``."""
 
 
@@ -40,6 +41,7 @@ __all__ = [
     "IsolationLevel",
     "Protocol",
     "Robustness",
+    "Runs",
     "Sandbox",
     "Suite",
     "requires",
