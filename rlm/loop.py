@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol, cast
 
@@ -24,6 +24,7 @@ from .client import Message, Reply
 from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import (
     BadRequest,
+    Cancelled,
     ConfigError,
     ErrorThresholdExceeded,
     InvalidReply,
@@ -70,7 +71,7 @@ class Outcome:
     """The answer as the type that was asked for."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Tree:
     """What all runs of one completion share."""
 
@@ -93,6 +94,28 @@ class Tree:
 
     def __post_init__(self) -> None:
         self.slots = Slots(self.width)
+        self._task: asyncio.Task[Any] | None = None
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """End the whole tree with `Cancelled`."""
+        if self._task is not None:
+            self._is_cancelled = True
+            self._task.cancel()
+
+    @contextlib.asynccontextmanager
+    async def cancellable(self) -> AsyncIterator[None]:
+        """Around the root's run: what `cancel` ends is an error of ours, with all that such a one carries."""
+        self._task = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._is_cancelled or self._task is None:
+                raise
+            self._task.uncancel()
+            raise Cancelled("the run was cancelled") from None
+        finally:
+            self._task = None
 
     def next_run_id(self) -> str:
         """A name for a run, unique in its tree."""
@@ -184,8 +207,9 @@ class Run:
     async def _within_time(self) -> Outcome:
         """The whole run under the tree's wall time. Children are inside their parent's."""
         seconds = self._tree.ledger.seconds_left() if self._depth == 0 else None
+        guard = self._tree.cancellable() if self._depth == 0 else contextlib.nullcontext()
         try:
-            async with asyncio.timeout(seconds) as scope:
+            async with guard, asyncio.timeout(seconds) as scope:
                 if self._tree.ledger.limits.max_depth == 0:
                     return await self._plain()
                 async with self._slot, contextlib.AsyncExitStack() as stack:

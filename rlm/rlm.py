@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,7 @@ class RLM:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._environments: Environments | None = None
         self._conversation: Conversation | None = None
+        self._trees: set[Tree] = set()
         self._tools = Tools.parse(self.config.custom_tools)
         sub_tools = self.config.custom_sub_tools
         self._sub_tools = self._tools if sub_tools is None else Tools.parse(sub_tools)
@@ -101,25 +102,20 @@ class RLM:
 
         The context is a str, bytes, list, dict, or a Path (or several): files are read,
         a directory becomes a dict of its files. Without ``root_prompt`` the task is in the
-        context. With ``response_model``, a pydantic model or any type pydantic can check, the
-        final answer is data of that type, in ``parsed``; the model is told what is wrong with one
-        that is not. Raises RLMError; one that ended a run carries its partial answer, usage
+        context. With ``response_model``, a pydantic model, any type pydantic can check, or a JSON
+        schema, the final answer is data of that type, in ``parsed``; the model is told what is
+        wrong with one that is not. Raises RLMError; one that ended a run carries its partial answer, usage
         and trace. Ctrl-C stops the run, cleans up, and raises KeyboardInterrupt.
 
         With ``persistent=True`` all completions of this RLM are one conversation: see `session`.
         """
-        if self.config.persistent:
-            return self._own_session().completion(prompt, root_prompt, response_model=response_model)
-        return hostloop.run(self._complete(prompt, root_prompt, [], response_model))
+        return hostloop.run(self._begin(prompt, root_prompt, [], response_model))
 
     async def acompletion(
         self, prompt: Any, root_prompt: str | None = None, *, response_model: Any = None
     ) -> RLMChatCompletion:
         """`completion`, awaited. Cancelling it stops the run and cleans up."""
-        if self.config.persistent:
-            session = self._own_session()
-            return await session.acompletion(prompt, root_prompt, response_model=response_model)
-        return await hostloop.delegate(self._complete(prompt, root_prompt, [], response_model))
+        return await hostloop.delegate(self._begin(prompt, root_prompt, [], response_model))
 
     async def astream(self, prompt: Any, root_prompt: str | None = None) -> AsyncIterator[AnyEvent]:
         """The events of a completion as they happen; the last is the root's RunFinished.
@@ -132,7 +128,7 @@ class RLM:
         def put(event: AnyEvent | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        task = asyncio.ensure_future(hostloop.delegate(self._complete(prompt, root_prompt, [put])))
+        task = asyncio.ensure_future(hostloop.delegate(self._begin(prompt, root_prompt, [put])))
         task.add_done_callback(lambda _: put(None))
         try:
             while (event := await queue.get()) is not None:
@@ -142,6 +138,17 @@ class RLM:
             if not task.done():
                 task.cancel()
                 await asyncio.wait([task])
+
+    def cancel(self) -> None:
+        """End the completions of this RLM that are under way, from any thread.
+
+        Whoever waits for one gets `errors.Cancelled`, which carries the partial answer, usage and trace.
+        """
+        hostloop.loop().call_soon_threadsafe(self._cancel_all)
+
+    def _cancel_all(self) -> None:
+        for tree in tuple(self._trees):
+            tree.cancel()
 
     # -- sessions
 
@@ -205,7 +212,15 @@ class RLM:
 
     # -- on the core's loop
 
-    async def _complete(
+    def _begin(
+        self, prompt: Any, root_prompt: str | None, subscribers: list[Subscriber], response_model: Any = None
+    ) -> Coroutine[Any, Any, RLMChatCompletion]:
+        """A completion by itself, or the next one of this RLM's own session."""
+        if self.config.persistent:
+            return self._own_session().complete(prompt, root_prompt, subscribers, response_model)
+        return self.complete(prompt, root_prompt, subscribers, response_model)
+
+    async def complete(
         self,
         prompt: Any,
         root_prompt: str | None,
@@ -213,6 +228,7 @@ class RLM:
         response_model: Any = None,
         turn: Turn | None = None,
     ) -> RLMChatCompletion:
+        """A completion, perhaps as a ``turn`` of a conversation; ``subscribers`` are told its events."""
         config = self.config
         if root_prompt is not None and not isinstance(root_prompt, str):
             raise ConfigError(f"root_prompt is the question, a str, not {type(root_prompt).__name__}")
@@ -267,7 +283,11 @@ class RLM:
                 schema_retries=config.schema_retries,
             )
             run = Run(tree, context, question, notes=notes, check=check, turn=turn)
-            outcome = await run.run()
+            self._trees.add(tree)
+            try:
+                outcome = await run.run()
+            finally:
+                self._trees.discard(tree)
         return RLMChatCompletion(
             response=outcome.response,
             value=outcome.value,

@@ -63,6 +63,9 @@ FORWARD_TIMEOUT = 5.0
 READY_TIMEOUT = 5.0
 """Seconds a standby, or a new executor, has to report before another takes its place."""
 
+VACANCY = 0.05
+"""Seconds that a session without an executor waits for its next run: one may come at once, or none."""
+
 CROWD = 8
 """Processes that must still be possible, in a container, for an interrupt to make sense: it
 reaches one process, and a bomb is hundreds."""
@@ -78,6 +81,9 @@ _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 
 PLAIN_LIMIT = 1 << 20
 """Bytes of JSON up to which the value of a last expression travels as data."""
+
+SETTLING = 0.002
+"""Seconds without a command after which the host has loaded what it wanted to: contexts, tools."""
 
 HEADROOM = 8 << 20
 """Bytes that must be free, under the memory limit, for a standby to be of use."""
@@ -253,7 +259,8 @@ class Supervisor:
         self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
         self._memory_kills = _out_of_memory_kills()
         self._incoming: Incoming | None = None
-        self._resetting: int | None = None
+        self._vacant_until: float | None = None
+        """When an executor is to be started at the latest: there is none, after a reset."""
         folders = filter(None, options.get("wipe") or [options.get("scratch")])
         self._folders = {path: os.stat(path).st_mode & 0o7777 for path in folders if os.path.isdir(path)}
         """All that cells can write to, for whoever begins anew, with the modes they had."""
@@ -328,15 +335,18 @@ class Supervisor:
 
     def _turn(self) -> None:
         self._watch(self._host)
-        channel = self._channel.fileno()
-        interest = select.POLLIN if self._host.size < BACKLOG_LIMIT else 0
-        if self._to_executor.size:
-            interest |= select.POLLOUT
-        self._poll.modify(channel, interest)
+        channel = self._channel.fileno()  # -1 while there is no executor
+        if self._vacant_until is None:
+            interest = select.POLLIN if self._host.size < BACKLOG_LIMIT else 0
+            if self._to_executor.size:
+                interest |= select.POLLOUT
+            self._poll.modify(channel, interest)
         unsent = self._cell is not None and any(c.unsent for c in self._captured.values())
         timeout = STREAM_INTERVAL if unsent else self._time_left()
         if self._crash is not None:
             timeout = min(timeout, READY_TIMEOUT)
+        if self._vacant_until is not None:
+            timeout = min(timeout, VACANCY)
         for fd, _ in self._poll.poll(1000 * timeout):
             if fd == channel:
                 self._read_executor(channel)
@@ -351,6 +361,8 @@ class Supervisor:
                 break  # the executor was replaced: the other events may be of the old one
         if self._crash is not None and time.monotonic() > self._ready_by:
             self._recover(self._crash)
+        if self._vacant_until is not None and time.monotonic() > self._vacant_until:
+            self._end_vacancy()
         self._stream()
 
     def _time_left(self) -> float:
@@ -403,6 +415,11 @@ class Supervisor:
         elif self._crash is not None and kind in ("execute", "load", "part"):
             # until the dead cell's output and end are reported, nothing new may print
             self._held.append((message, header, blobs))
+        elif kind == "reset":
+            self._reset(message["id"])
+        elif kind in ("execute", "load") and self._vacant_until is not None:
+            self._end_vacancy()
+            self._from_host(message, header, blobs)
         elif kind == "load" and message.get("shared"):
             self._loading.append(message["id"])
             assert self._lane is not None
@@ -412,8 +429,6 @@ class Supervisor:
             self._begin_parts(message, wire.join(header))
         elif kind == "part":
             self._add_part(message, blobs[0])
-        elif kind == "reset":
-            self._reset(message["id"])
         else:
             if kind == "execute":
                 self._cell = message["id"]
@@ -454,13 +469,15 @@ class Supervisor:
 
     def _reset(self, number: int) -> None:
         """Leave nothing of what cells have started or written, for somebody else's session."""
-        self._poll.unregister(self._channel.fileno())
-        self._channel.close()
+        if self._vacant_until is None:
+            self._poll.unregister(self._channel.fileno())
+            self._channel.close()
         self._drop_incoming()
         self._cell = self._crash = self._crashed_cell = None
         self._loading.clear()
         self._held.clear()
         self._kill_all()
+        self._executor = 0
         self._drain()
         for captured in self._captured.values():
             captured.take()
@@ -469,8 +486,13 @@ class Supervisor:
             error = f"these cannot be removed: {', '.join(left[:5])}" if left else "no folder is its own"
             self._host.send(wire.encode({"t": "loaded", "id": number, "error": _clean(error, 2000)}))
             raise EOFError
-        self._resetting = number
-        self._start_executor()
+        self._host.send(wire.encode({"t": "loaded", "id": number}))
+        self._vacant_until = time.monotonic() + VACANCY
+
+    def _end_vacancy(self) -> None:
+        if self._vacant_until is not None:
+            self._vacant_until = None
+            self._start_executor()
 
     # -- contexts that come in parts: kept once, outside of this process, and handed on whole
 
@@ -503,8 +525,8 @@ class Supervisor:
             return
         except ConnectionError:
             data = b""
-        if not data:  # closed by the cell: nothing can be said to this executor any more
-            self._recover({"cause": CHANNEL_CLOSED, "code": 0})
+        if not data:  # nothing can be said to this executor any more
+            self._recover(self._why_silent())
             return
         decoder = self._from_executor
         decoder.feed(data)
@@ -555,9 +577,6 @@ class Supervisor:
             self._greet()
             return
         self._restarts = 0
-        if self._resetting is not None:
-            number, self._resetting = self._resetting, None
-            self._host.send(wire.encode({"t": "loaded", "id": number}))
         if self._crash is not None:
             crash, self._crash = self._crash, None
             crash["lost"] = [_clean(name, 200) for name in message.get("lost", [])[:20]]
@@ -644,6 +663,18 @@ class Supervisor:
                 self._recover(self._cause_of_death(status))
             elif pid == self._slot.pid:
                 self._slot.pid = 0
+
+    def _why_silent(self) -> dict[str, Any]:
+        """Why the executor's channel is closed: it is about to be dead, or a cell has closed it."""
+        for _ in range(20):
+            try:
+                pid, status = os.waitpid(self._executor, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid:
+                return self._cause_of_death(status)
+            time.sleep(0.002)
+        return {"cause": CHANNEL_CLOSED, "code": 0}
 
     def _cause_of_death(self, status: int) -> dict[str, Any]:
         if not os.WIFSIGNALED(status):
@@ -1024,9 +1055,9 @@ class Calls:
 
         self._uninterrupted(step)
 
-    def pending(self) -> bool:
-        """Whether something to read has arrived."""
-        return bool(self._commands or self._peek.poll(0))
+    def pending(self, seconds: float = 0.0) -> bool:
+        """Whether something to read has arrived, or does within this time."""
+        return bool(self._commands or self._peek.poll(1000 * seconds))
 
     def command(self) -> tuple[dict[str, Any], list[bytes], int]:
         """Between cells: the supervisor's next command, and a descriptor or -1."""
@@ -1218,7 +1249,7 @@ class Namespace:
         )
 
     def budget(self) -> dict[str, Any]:
-        """What this run may still use: calls, iterations, seconds; None is unlimited."""
+        """What this run may still use: iterations, calls, tokens, dollars, seconds; None is unlimited."""
         reply, blobs = self._calls.call({"fn": "budget"}, [])
         _raise_failure(reply)
         return dict(json.loads(blobs[0]))
@@ -1427,8 +1458,10 @@ class Executor:
         self._namespace = Namespace(self._calls)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._in_cell = False
+        self._has_run = False
+        """Whether there is anything to lose: what has only been loaded the host can load again."""
         self._is_stale = False
-        """Whether the standby is older than the last cell, which has submitted an answer: the end, likely."""
+        """Whether the standby lacks what has been loaded since, or the last cell."""
         self._keep: Any = None
         self._loop: Any = None
         self._pid = os.getpid()
@@ -1437,21 +1470,27 @@ class Executor:
         """Serve the supervisor's commands until the session ends."""
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._calls.send({"t": "ready", "enforced": enforced, "missing": missing})
-        self._fork_standby()
+        is_settled = True
         while True:
-            message, blobs, descriptor = self._calls.command()
-            if self._is_stale and message["t"] != "room":
+            if not (is_settled or self._calls.pending(SETTLING)):
                 self._fork_standby()
+                is_settled = True
+            message, blobs, descriptor = self._calls.command()
             if message["t"] == "execute":
-                self._execute(message, blobs)
                 if self._is_stale:
-                    continue
+                    self._fork_standby()
+                is_settled = self._execute(message, blobs)
+                if not is_settled:
+                    self._fork_standby()
+                    is_settled = True
             elif message["t"] == "load":
                 self._load(message, blobs, descriptor)
+                self._is_stale = self._has_run
+                is_settled = not self._has_run
             elif message["t"] == "room":
                 while _reap(-1):
                     pass
-            self._fork_standby(ask_for_room=message["t"] != "room")
+                self._fork_standby(ask_for_room=False)
 
     def _on_interrupt(self, *_: object) -> None:
         if self._in_cell:
@@ -1533,14 +1572,17 @@ class Executor:
 
     # -- cells
 
-    def _execute(self, message: dict[str, Any], blobs: list[bytes]) -> None:
+    def _execute(self, message: dict[str, Any], blobs: list[bytes]) -> bool:
+        """Run a cell. Whether it has submitted an answer, so that there will hardly be another."""
+        self._has_run = True
         if message.get("keep"):
             header, parts = self._save_or_load(message["id"], message["keep"], blobs)
         else:
             header, parts = self._cell(message["id"], blobs[0].decode("utf-8", "surrogatepass"))
         header["parts"] = list(parts)
         self._calls.send(header, list(parts.values()))
-        self._is_stale = "final" in parts
+        self._is_stale = True
+        return "final" in parts
 
     def _cell(self, number: int, source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Run one cell and put its result together."""
