@@ -129,13 +129,6 @@ class Session:
             task.cancel()
         self._calls.clear()
 
-    def end_calls(self, why: RLMError) -> None:
-        """Fail what is in flight: whoever waits for it in the sandbox is told why."""
-        for number in tuple(self._calls):
-            with contextlib.suppress(SandboxLost):
-                self.send({"t": "reply", "id": number, "error": _clipped(why)})
-        self.cancel_calls()
-
     @property
     def is_connected(self) -> bool:
         """Whether a connection has proved to be this session's and still stands."""
