@@ -10,7 +10,6 @@ touches no other.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import secrets

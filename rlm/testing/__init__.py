@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import pytest
 
-for _module in ("contract", "calls", "robustness", "isolation", "hygiene", "protocol", "runs", "clients"):
+for _module in (
+    "contract",
+    "calls",
+    "robustness",
+    "isolation",
+    "hygiene",
+    "protocol",
+    "runs",
+    "tools",
+    "clients",
+):
     pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
 from .calls import Calls
@@ -23,9 +33,10 @@ from .robustness import Robustness
 from .runs import Runs
 from .sessions import Cells, Sandbox
 from .suite import CAPABILITIES, CONTRACT_VERSION, Suite, requires
+from .tools import HostTools
 
 
-class EnvironmentSuite(Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol, Runs):
+class EnvironmentSuite(Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol, Runs, HostTools):
     """All levels. Inherit it as ``TestSomething``, and define the fixture ``environment``."""
 
 
@@ -37,6 +48,7 @@ __all__ = [
     "ClientSuite",
     "Contract",
     "EnvironmentSuite",
+    "HostTools",
     "Hygiene",
     "IsolationLevel",
     "Protocol",
