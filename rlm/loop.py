@@ -52,11 +52,14 @@ from .events import (
 from .handler import Caller, LMHandler
 from .ledger import Ledger
 from .parsing import CodeBlock, ParsedReply, parse_reply
-from .pool import Environments
+from .pool import Environments, nobody
 from .schemas import Schema, Schemas
 from .session import Answers
 from .slots import Slot, Slots
 from .tools import NO_TOOLS, Tools
+
+END_TIMEOUT = 10.0
+"""Seconds that child runs and tools get to end, when the run that has called them is over."""
 
 Stopped = Literal["final", "plain", "max_iterations", "max_calls", "max_children", "max_tokens", "max_budget"]
 
@@ -178,6 +181,8 @@ class Run:
         self._cells = 0
         self._failed_turns = 0
         self._env: BaseEnv | None = None
+        self._serving: set[asyncio.Task[Any]] = set()
+        self._is_over = False
         self.partial: str | None = None
         """The best answer so far, should the run end early."""
 
@@ -219,7 +224,10 @@ class Run:
                     return await self._plain()
                 async with self._slot, contextlib.AsyncExitStack() as stack:
                     await self._start_environment(stack)
-                    return await self._loop()
+                    try:
+                        return await self._loop()
+                    finally:
+                        await self._end_calls()
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -482,7 +490,32 @@ class Run:
     # -- serving the cells
 
     async def serve(self, call: protocol.Call, texts: list[str]) -> Answers:
-        """Answer what a cell of this run calls. What it may do is decided here, not in the frame."""
+        """Answer what a cell of this run calls, for as long as there is the run."""
+        task = asyncio.current_task()
+        assert task is not None
+        if self._is_over:
+            return await nobody(call, texts)
+        self._serving.add(task)
+        try:
+            return await self._serve(call, texts)
+        except asyncio.CancelledError:
+            if not self._is_over:
+                raise
+            task.uncancel()  # whoever waits in the sandbox is told
+            return await nobody(call, texts)
+        finally:
+            self._serving.discard(task)
+
+    async def _end_calls(self) -> None:
+        """The run is over: so is what cells have called and still wait for, child runs above all."""
+        self._is_over = True
+        for task in self._serving:
+            task.cancel()
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=END_TIMEOUT)
+
+    async def _serve(self, call: protocol.Call, texts: list[str]) -> Answers:
+        """What a cell may do is decided here, not in the frame."""
         tree, limits = self._tree, self._tree.ledger.limits
         if call.fn == "budget":
             left = limits.max_depth - self._depth - 1
