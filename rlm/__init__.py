@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from .environment import Isolation as Isolation
     from .environment import REPLResult as REPLResult
     from .environment import WorkerEnv as WorkerEnv
+    from .errors import BudgetExceededError as BudgetExceededError
+    from .errors import CancellationError as CancellationError
+    from .errors import ErrorThresholdExceededError as ErrorThresholdExceededError
     from .errors import RLMError as RLMError
+    from .errors import TimeoutExceededError as TimeoutExceededError
+    from .errors import TokenLimitExceededError as TokenLimitExceededError
     from .events import Trace as Trace
     from .handler import LMHandler as LMHandler
     from .rlm import REPL as REPL
@@ -31,11 +36,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__path__.append(f"{__path__[0]}/rlms")  # rlm.logger, rlm.clients, ...: where scripts for rlms find things
+
 _HOME = {
     "BaseEnv": "environment",
     "BaseLM": "client",
+    "BudgetExceededError": "errors",
+    "CancellationError": "errors",
     "CellError": "environment",
     "Config": "config",
+    "ErrorThresholdExceededError": "errors",
     "Isolation": "environment",
     "LMHandler": "handler",
     "Message": "client",
@@ -46,6 +56,8 @@ _HOME = {
     "RLMError": "errors",
     "Reply": "client",
     "Request": "client",
+    "TimeoutExceededError": "errors",
+    "TokenLimitExceededError": "errors",
     "Trace": "events",
     "Usage": "client",
     "UsageSummary": "client",

@@ -152,6 +152,16 @@ class Config(BaseModel):
         None, strict=False, description="File to which every event is appended, as JSON lines."
     )
     verbose: bool = Field(False, description="Show progress on the terminal.")
+    logger: Any = Field(
+        None, description="An rlm.logger.RLMLogger: the result's metadata then says what the run did."
+    )
+
+    @field_validator("logger")
+    @classmethod
+    def _follows(cls, value: Any) -> Any:
+        if value is not None and not callable(getattr(value, "follow", None)):
+            raise ValueError("it is an rlm.logger.RLMLogger")
+        return value
 
     @field_validator("prices", "rate_limits", mode="before")
     @classmethod

@@ -390,6 +390,7 @@ class Run:
             RunStarted, question=self._question, context=contexts.describe(self._context),
             backend=self._tree.backend_name, environment=self._tree.environment_name,
             started=datetime.now(UTC).isoformat() if self._depth == 0 else None,
+            prompt=self._context if self._depth > 0 and self._question is None else None,
         )  # fmt: skip
         for note in self._notes:
             self._emit(Warned, message=note)

@@ -33,28 +33,46 @@ if TYPE_CHECKING:
 class RLMChatCompletion:
     """What came of a completion."""
 
+    root_model: str
+    prompt: Any = dataclasses.field(repr=False)
+    """What was passed as the context."""
     response: str
     """The final answer."""
-    value: Any
-    """The final answer as data, when it was plain data and not a str; else None."""
-    parsed: Any
-    """The final answer as the ``response_model`` that was asked for; else the same as ``value``."""
-    stopped: Stopped
-    """``"final"``: submitted. The name of a limit: the best there was when it was reached."""
-    root_model: str
-    iterations: int
-    execution_time: float
-    """Seconds."""
     usage_summary: UsageSummary
     """Of the whole run tree."""
-    trace: Trace
-    isolation: Isolation
+    execution_time: float
+    """Seconds."""
+    metadata: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
+    """What the run did, as the ``logger`` that was given tells it."""
+    error: str | None = None
+    """Why there is no answer: only of a call that a `metadata` tells of."""
+    value: Any = None
+    """The final answer as data, when it was plain data and not a str; else None."""
+    parsed: Any = None
+    """The final answer as the ``response_model`` that was asked for; else the same as ``value``."""
+    stopped: Stopped = "final"
+    """``"final"``: submitted. The name of a limit: the best there was when it was reached."""
+    iterations: int = 0
+    trace: Trace = dataclasses.field(default_factory=Trace)
+    isolation: Isolation = dataclasses.field(default_factory=lambda: Isolation("unknown"))
     """What stood between the root's cells and this process."""
 
     @property
     def is_best_effort(self) -> bool:
         """Whether the answer was asked for when a limit was reached, and not submitted."""
         return self.stopped not in ("final", "plain")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked and answered, at what cost; the prompt as it was passed."""
+        extra = {"metadata": self.metadata, "error": self.error}
+        return {
+            "root_model": self.root_model,
+            "prompt": self.prompt,
+            "response": self.response,
+            "usage_summary": self.usage_summary.to_dict(),
+            "execution_time": self.execution_time,
+            **{name: value for name, value in extra.items() if value is not None},
+        }
 
 
 class RLM:
@@ -162,6 +180,25 @@ class RLM:
         check = AnswerCheck(response_model, config.final_answer_validator)
         context = contexts.resolve(prompt)
         backends, notes = await self._connect()
+        followed = None
+        if config.logger is not None:
+            followed = config.logger.follow(config, backends.root.client.model_name)
+            subscribers.append(followed)
+        result = await self._recorded(backends, notes, context, root_prompt, subscribers, check)
+        metadata = followed.trajectory() if followed is not None else None
+        return dataclasses.replace(result, prompt=prompt, metadata=metadata)
+
+    async def _recorded(
+        self,
+        backends: Backends,
+        notes: list[str],
+        context: Any,
+        root_prompt: str | None,
+        subscribers: list[Subscriber],
+        check: AnswerCheck,
+    ) -> RLMChatCompletion:
+        """A run whose events are appended to the trace file, if there is to be one."""
+        config = self.config
         if config.trace is None:
             return await self._run(backends, notes, context, root_prompt, EventBus(subscribers), check)
         try:
@@ -204,6 +241,7 @@ class RLM:
             run = Run(tree, context, question, notes=notes, check=check)
             outcome = await run.run()
         return RLMChatCompletion(
+            prompt=context,
             response=outcome.response,
             value=outcome.value,
             parsed=outcome.parsed,
