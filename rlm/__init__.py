@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .environment import CellError as CellError
     from .environment import Isolation as Isolation
     from .environment import REPLResult as REPLResult
+    from .environment import SupportsPersistence as SupportsPersistence
+    from .environment import SupportsReset as SupportsReset
+    from .environment import SupportsSnapshot as SupportsSnapshot
     from .environment import WorkerEnv as WorkerEnv
     from .errors import BudgetExceededError as BudgetExceededError
     from .errors import CancellationError as CancellationError
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
     from .errors import TokenLimitExceededError as TokenLimitExceededError
     from .events import Trace as Trace
     from .handler import LMHandler as LMHandler
+    from .limits import Limits as Limits
     from .rlm import REPL as REPL
     from .rlm import RLM as RLM
     from .rlm import RLMChatCompletion as RLMChatCompletion
     from .rlm import open_repl as open_repl
+    from .snapshot import Snapshot as Snapshot
 
 __version__ = "0.1.0"
 
@@ -48,12 +53,17 @@ _HOME = {
     "ErrorThresholdExceededError": "errors",
     "Isolation": "environment",
     "LMHandler": "handler",
+    "Limits": "limits",
     "Message": "client",
     "REPL": "rlm",
     "REPLResult": "environment",
     "RLM": "rlm",
     "RLMChatCompletion": "rlm",
     "RLMError": "errors",
+    "Snapshot": "snapshot",
+    "SupportsPersistence": "environment",
+    "SupportsReset": "environment",
+    "SupportsSnapshot": "environment",
     "Reply": "client",
     "Request": "client",
     "TimeoutExceededError": "errors",

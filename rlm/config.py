@@ -6,31 +6,29 @@ JSON. A key that is not here is an error that names the nearest one that is.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from . import secrets
 from .client import Price
 from .errors import ConfigError
 from .gate import Policy
-from .ledger import Limits
+from .limits import Limits
 from .pace import RateLimit
 
-_DEFAULTS = Limits()
 _POLICY = Policy()
 
 
-class Config(BaseModel):
-    """Everything an RLM can be told. Immutable, and reusable for any number of runs."""
+class Config(Limits):
+    """Everything an RLM can be told, its limits among it. Immutable, and reusable for any number of runs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, strict=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     backend: Any = Field("openai", description="Name of the model client, or a BaseLM.")
     backend_kwargs: dict[str, Any] = Field(
@@ -49,6 +47,9 @@ class Config(BaseModel):
     other_backend_kwargs: list[dict[str, Any]] = Field(
         default_factory=list, description="Keywords for each of the other backends, in their order."
     )
+    model_aliases: dict[str, str] = Field(
+        default_factory=dict, description="Names that cells may use for models: alias to name."
+    )
     sampling_args: dict[str, Any] = Field(
         default_factory=dict,
         description="max_tokens, temperature, stop, seed, and fields of the provider's own, for every call.",
@@ -62,47 +63,34 @@ class Config(BaseModel):
     environment_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Keywords for the environment's constructor."
     )
-    max_iterations: int = Field(
-        _DEFAULTS.max_iterations, ge=1, description="Turns of a run before it is asked for its best answer."
+    custom_tools: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Functions and data that cells find by name; with a description as "
+        "{'tool': ..., 'description': ...}.",
     )
-    max_depth: int = Field(
-        _DEFAULTS.max_depth,
-        ge=0,
-        description="0: no sandbox, one plain call. 1: cells may call models. 2: and child runs; and so on.",
+    custom_sub_tools: dict[str, Any] | None = Field(
+        None, description="In place of custom_tools, for child runs; {} for none."
     )
-    max_timeout: float | None = Field(
-        None, gt=0, description="Seconds of wall time for the run and its children."
+    schemas: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Pydantic models, types or JSON schemas that cells ask for by name: schema='name'.",
     )
-    cell_timeout: float | None = Field(
-        _DEFAULTS.cell_timeout,
-        gt=0,
-        description="Seconds one cell may compute; waiting for models does not count.",
+    schema_retries: int = Field(
+        2, ge=0, description="Times that a reply which does not fit a cell's schema goes back to the model."
     )
-    max_calls: int | None = Field(None, ge=1, description="Model calls of the run and its children.")
-    max_sub_calls: int | None = Field(
-        None, ge=1, description="Those of them that cells make, with the turns of child runs."
+    persistent: bool = Field(
+        False, description="Keep the sandbox from one completion to the next: variables, contexts, histories."
     )
-    max_children: int | None = Field(None, ge=1, description="Child runs of the whole tree, at any depth.")
-    max_tokens: int | None = Field(None, ge=1, description="Input and output tokens of the whole tree.")
-    max_sub_tokens: int | None = Field(
-        None, ge=1, description="Those of them that cells use, with the turns of child runs."
+    snapshots: bool = Field(
+        True,
+        description="Save a session's variables after each completion, in case that its sandbox is lost.",
     )
-    max_budget: float | None = Field(
-        None, gt=0, description="US dollars for the run and its children. Every model's price must be known."
-    )
-    on_limit: Literal["raise", "answer"] = Field(
-        "raise",
-        description="When calls, tokens or dollars are used up: raise, or ask once for the best answer.",
-    )
-    max_errors: int | None = Field(
-        None, ge=1, description="Turns in a row whose cells may fail before the run ends."
-    )
-    max_output_chars: int = Field(
-        _DEFAULTS.max_output_chars, ge=200, description="Characters of a cell's output shown to the model."
+    pool: int = Field(
+        0, ge=0, description="Environments kept ready between completions, for runs and child runs."
     )
     max_concurrent_calls: int = Field(256, ge=1, description="Model calls in flight at a time.")
     max_concurrent_subcalls: int = Field(
-        16, ge=1, description="Child runs that one rlm_query_batched has going at a time."
+        16, ge=1, description="Child runs of the tree at work at a time; one that waits for children is not."
     )
     call_timeout: float | None = Field(
         _POLICY.timeout, gt=0, description="Seconds one attempt at a model call may take."
@@ -186,7 +174,13 @@ class Config(BaseModel):
 
     @classmethod
     def create(cls, **values: Any) -> Config:
-        """A config from keywords. Raises ConfigError, naming what is wrong and what would be right."""
+        """A config from keywords; ``limits`` brings several at once, and each keyword wins over it.
+
+        Raises ConfigError, naming what is wrong and what would be right.
+        """
+        limits = values.pop("limits", None)
+        if limits is not None:
+            values = {**_as_table(limits), **values}
         for key in values:
             if key not in cls.model_fields:
                 raise ConfigError(_unknown(key, list(cls.model_fields)))
@@ -211,10 +205,44 @@ class Config(BaseModel):
                 raise ConfigError(f"{path}: there is no setting {key!r}: a setting is named by a word")
         return cls.create(**{**values, **overrides})
 
+    def savable(self) -> tuple[dict[str, Any], list[str]]:
+        """What was set and can lie in a file, as JSON has it; and the names of what cannot.
+
+        Keys stay out of files; so does what only this process has: objects and functions.
+        """
+        kept: dict[str, Any] = {}
+        missing: list[str] = []
+        for name, value in sorted(self.given()):
+            if name.endswith("_kwargs") and isinstance(value, dict):
+                secret = [key for key in value if secrets.mask({key: value[key]}) != {key: value[key]}]
+                missing += [f"{name}.{key}" for key in secret]
+                value = {key: item for key, item in value.items() if key not in secret}
+            try:
+                kept[name] = json.loads(msgspec.json.encode(value, enc_hook=_path_as_text))
+            except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+                missing.append(name)
+        return kept, missing
+
     def limits(self) -> Limits:
         """The limits among these settings."""
-        names = (field.name for field in dataclasses.fields(Limits))
-        return Limits(**{name: getattr(self, name) for name in names})
+        return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
+
+
+def _path_as_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    raise TypeError(f"{type(value).__name__} cannot lie in a file")
+
+
+def _as_table(limits: Any) -> dict[str, Any]:
+    if isinstance(limits, Limits):
+        return limits.model_dump(exclude_unset=True)
+    if not isinstance(limits, dict):
+        raise ConfigError(f"limits={limits!r}: give rlm.Limits(...), or a table of them")
+    for key in limits:
+        if key not in Limits.model_fields:
+            raise ConfigError(_unknown(key, list(Limits.model_fields)))
+    return limits
 
 
 def _shown(problem: Any) -> str:

@@ -19,13 +19,16 @@ RLMError
  |   |   |- Timeout             no reply within the time of one attempt
  |   |   |- ConnectFailed       no connection: nothing was sent
  |   |   `- ProtocolError       what came back is not a reply
+ |   |- InvalidReply          the reply has not the form that was asked for, however often it was told
  |   |- ReplayMiss            the recording has no reply for this request
  |   `- ScriptExhausted       the scripted client has no reply left
+ |- ToolError               a tool of the host's failed, or was called wrongly
  |- SandboxError            the sandbox, not the code in it, failed
  |   |- SandboxUnavailable    it cannot be started here
  |   `- SandboxLost           it died and could not be brought back
  `- LimitExceeded           a limit of the run was reached
      |- MaxIterationsExceeded
+     |- MaxDepthExceeded
      |- MaxCallsExceeded
      |- MaxChildrenExceeded
      |- MaxTokensExceeded
@@ -44,7 +47,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from .client import UsageSummary
     from .events import Trace
-    from .ledger import Limits
+    from .limits import Limits
 
 
 class RLMError(Exception):
@@ -170,12 +173,24 @@ class ProtocolError(RetryableError):
     """What came back is no reply: cut short, not JSON, or not in the protocol's shape."""
 
 
+class InvalidReply(ModelError):
+    """The reply has not the form that was asked for, even after the model was told what is wrong."""
+
+
 class ReplayMiss(ModelError):
     """The recording holds no reply for this request."""
 
 
 class ScriptExhausted(ModelError):
     """The scripted client was asked for more replies than its script has."""
+
+
+class ToolError(RLMError):
+    """A tool failed. ``kind`` is the name of the exception's type; the text names no path of the host's."""
+
+    def __init__(self, message: str, kind: str = "ToolError") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class SandboxError(RLMError):
@@ -210,6 +225,12 @@ class MaxIterationsExceeded(LimitExceeded):
     """The iterations are used up, and no best answer could be had either."""
 
     name = "max_iterations"
+
+
+class MaxDepthExceeded(LimitExceeded):
+    """A child run would be deeper than the run tree may go."""
+
+    name = "max_depth"
 
 
 class MaxCallsExceeded(LimitExceeded):

@@ -145,6 +145,14 @@ class CellFinished(Event, frozen=True, kw_only=True, tag="cell_finished"):
     seconds: float
 
 
+class Restored(Event, frozen=True, kw_only=True, tag="restored"):
+    """The sandbox of a conversation was gone, and another took its place, with what had been saved of it."""
+
+    reason: str
+    """Why it was gone."""
+    lost: list[str]
+
+
 class AnswerRejected(Event, frozen=True, kw_only=True, tag="answer_rejected"):
     """A final answer was submitted, and is not what was asked for."""
 
@@ -188,6 +196,7 @@ AnyEvent = (
     | CellStarted
     | CellOutput
     | CellFinished
+    | Restored
     | AnswerRejected
     | LimitReached
     | Warned

@@ -13,16 +13,25 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from . import context as contexts
 from . import prompts, protocol
 from .answers import AnswerCheck
 from .client import Message, Reply
 from .environment import BaseEnv, Host, Isolation, REPLResult
-from .errors import ErrorThresholdExceeded, LimitExceeded, MaxIterationsExceeded, RLMError
+from .errors import (
+    BadRequest,
+    ConfigError,
+    ErrorThresholdExceeded,
+    InvalidReply,
+    LimitExceeded,
+    MaxDepthExceeded,
+    MaxIterationsExceeded,
+    RLMError,
+)
 from .events import (
     AnswerRejected,
     AnyEvent,
@@ -31,6 +40,7 @@ from .events import (
     CellStarted,
     EventBus,
     LimitReached,
+    Restored,
     RunFinished,
     RunStarted,
     SandboxStarted,
@@ -39,6 +49,11 @@ from .events import (
 from .handler import Caller, LMHandler
 from .ledger import Ledger
 from .parsing import CodeBlock, ParsedReply, parse_reply
+from .pool import Environments
+from .schemas import Schema, Schemas
+from .session import Answers
+from .slots import Slot, Slots
+from .tools import NO_TOOLS, Tools
 
 Stopped = Literal["final", "plain", "max_iterations", "max_calls", "max_children", "max_tokens", "max_budget"]
 
@@ -62,17 +77,43 @@ class Tree:
     handler: LMHandler
     ledger: Ledger
     events: EventBus
-    new_environment: Callable[[], BaseEnv]
-    environment_name: str
-    backend_name: str
-    system_prompt: str | None
-    width: int
-    """Child runs of one batch at a time."""
+    environments: Environments
+    environment_name: str = ""
+    backend_name: str = ""
+    system_prompt: str | None = None
+    width: int = 1
+    """Child runs at work at a time."""
+    tools: Tools = NO_TOOLS
+    sub_tools: Tools = NO_TOOLS
+    """Those of child runs."""
+    schemas: Schemas = dataclasses.field(default_factory=Schemas)
+    """What cells may ask for by name."""
+    schema_retries: int = 0
     numbers: Any = dataclasses.field(default_factory=lambda: itertools.count(1))
+
+    def __post_init__(self) -> None:
+        self.slots = Slots(self.width)
 
     def next_run_id(self) -> str:
         """A name for a run, unique in its tree."""
         return f"run-{next(self.numbers)}"
+
+
+class Turn(Protocol):
+    """A run's part in a conversation: the sandbox is there already, and so is what was before."""
+
+    reason: str | None
+    """Why the sandbox had to be replaced, if it had."""
+    lost: list[str]
+
+    async def enter(self, host: Host, environments: Environments, context: Any) -> BaseEnv:
+        """The conversation's sandbox, up, and served by this run, with its context in place."""
+
+    async def leave(self, run: Run, question: str | None, answer: str | None) -> None:
+        """The run is over, one way or another."""
+
+    def told(self, described: str) -> str:
+        """What the model is told of the contexts, the new one of which is ``described``."""
 
 
 class Run:
@@ -89,6 +130,7 @@ class Run:
         model: str | None = None,
         notes: Sequence[str] = (),
         check: AnswerCheck | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self._tree = tree
         self._context = context
@@ -99,6 +141,9 @@ class Run:
         self._model = model
         self._notes = notes
         self._check = check or AnswerCheck()
+        self._turn = turn
+        self._tools = tree.sub_tools if depth else tree.tools
+        self._slot = Slot(tree.slots, depth)
         self._messages: list[Message] = []
         self._sent = 0
         self._iteration = 0
@@ -122,13 +167,19 @@ class Run:
         try:
             outcome = await self._within_time()
         except BaseException as error:
+            await self._leave(self.partial)
             self._emit_failed(error, time.perf_counter() - start)
             raise
+        await self._leave(outcome.response)
         self._emit(
             RunFinished, stopped=outcome.stopped, response=outcome.response, iterations=outcome.iterations,
             seconds=time.perf_counter() - start, usage=self._tree.ledger.usage(),
         )  # fmt: skip
         return outcome
+
+    async def _leave(self, answer: str | None) -> None:
+        if self._turn is not None:
+            await self._turn.leave(self, self._question, answer)
 
     async def _within_time(self) -> Outcome:
         """The whole run under the tree's wall time. Children are inside their parent's."""
@@ -137,7 +188,7 @@ class Run:
             async with asyncio.timeout(seconds) as scope:
                 if self._tree.ledger.limits.max_depth == 0:
                     return await self._plain()
-                async with contextlib.AsyncExitStack() as stack:
+                async with self._slot, contextlib.AsyncExitStack() as stack:
                     await self._start_environment(stack)
                     return await self._loop()
         except TimeoutError:
@@ -155,10 +206,14 @@ class Run:
 
     async def _start_environment(self, stack: contextlib.AsyncExitStack) -> None:
         start = time.perf_counter()
-        self._env = self._tree.new_environment()
-        stack.push_async_callback(self._env.close)
-        await self._env.start(Host(self._tree.handler, self.serve, self._on_output, self._id))
-        await self._env.add_context(self._context)
+        host = Host(self._tree.handler, self.serve, self._on_output, self._id, self._tools)
+        if self._turn is None:
+            self._env = await stack.enter_async_context(self._tree.environments.lend(host))
+            await self._env.add_context(self._context)
+        else:
+            self._env = await self._turn.enter(host, self._tree.environments, self._context)
+            if self._turn.reason is not None:
+                self._emit(Restored, reason=self._turn.reason, lost=self._turn.lost)
         isolation = self._env.isolation
         self._emit(
             SandboxStarted, environment=self._tree.environment_name, level=isolation.level,
@@ -201,16 +256,44 @@ class Run:
         tree, limits = self._tree, self._tree.ledger.limits
         system = tree.system_prompt
         if system is None:
-            deeper = self._depth + 1 < limits.max_depth
-            system = prompts.fill("system", recursion=prompts.text("recursion") + "\n" if deeper else "")
+            system = prompts.fill("system", more=self._abilities())
+        elif self._tools:
+            system = f"{system}\n\n{prompts.fill('tools', tools=self._tools.described())}"
         first = prompts.fill(
             "first",
-            context=contexts.describe(self._context),
-            iterations=str(limits.max_iterations),
             question=self._question or prompts.text("no_question"),
+            context=self._what_there_is(),
+            iterations=str(limits.max_iterations),
         )
         first = "\n\n".join(part for part in (first, self._check.wanted()) if part)
         return [Message("system", system), Message("user", first)]
+
+    def _abilities(self) -> str:
+        """What this run can do besides what every run can, for the system prompt."""
+        parts = []
+        if self._can_recurse:
+            parts.append(prompts.text("recursion"))
+        if names := self._tree.schemas.names:
+            parts.append(prompts.fill("schemas", names=", ".join(f"`{name}`" for name in names)))
+        if self._tools:
+            parts.append(prompts.fill("tools", tools=self._tools.described()))
+        return "".join(f"{part}\n" for part in parts)
+
+    def _what_there_is(self) -> str:
+        """The context, for the first message; in a conversation with what was before."""
+        described = contexts.describe(self._context)
+        if self._turn is None:
+            return prompts.fill("context", variable="context", context=described)
+        return self._turn.told(described)
+
+    @property
+    def _can_recurse(self) -> bool:
+        return self._depth + 1 < self._tree.ledger.limits.max_depth
+
+    @property
+    def history(self) -> list[dict[str, str]]:
+        """The messages of this run so far, role and content of each."""
+        return [{"role": message.role, "content": message.content} for message in self._messages]
 
     async def _ask(self) -> Reply:
         """The model's next reply. The previous request is a prefix of this one, to the byte."""
@@ -340,41 +423,103 @@ class Run:
 
     # -- serving the cells
 
-    async def serve(self, call: protocol.Call, texts: list[str]) -> Sequence[str | RLMError]:
+    async def serve(self, call: protocol.Call, texts: list[str]) -> Answers:
         """Answer what a cell of this run calls. What it may do is decided here, not in the frame."""
         tree, limits = self._tree, self._tree.ledger.limits
         if call.fn == "budget":
-            return [json.dumps(tree.ledger.budget(limits.max_iterations - self._iteration))]
-        half = len(texts) // 2 if call.contexts else len(texts)
-        inputs: list[str | None] = [*texts[half:]] if call.contexts else [None] * half
-        items = list(zip(texts[:half], inputs, strict=True))
-        deeper = call.fn == "rlm_query" and self._depth + 1 < limits.max_depth
-
-        async def ask(item: tuple[str, str | None]) -> str:
-            if deeper:
-                return await self._ask_child(*item, model=call.model)
-            prompt = item[0] if item[1] is None else f"{item[0]}\n\n{item[1]}"
-            reply = await tree.handler.complete(
-                [Message("user", prompt)], self._caller("sub"), model=call.model
+            left = limits.max_depth - self._depth - 1
+            return [json.dumps(tree.ledger.budget(limits.max_iterations - self._iteration, left))]
+        if call.fn == "tool":
+            return [await self._tools.call(call.tool, texts[0])]
+        schema = self._wanted(texts.pop()) if call.schema else None
+        if call.fn == "llm_query":
+            return await self._answer_all(call, texts, lambda p, c: self._ask_model(p, c, call.model, schema))
+        if not self._can_recurse:
+            self._check_depth()
+            return await self._answer_all(call, texts, lambda p, c: self._ask_model(p, c, call.model, schema))
+        async with self._slot.aside():
+            return await self._answer_all(
+                call, texts, lambda p, c: self._ask_child(p, c, call.model, schema), tree.width
             )
-            return reply.text
 
+    async def _answer_all(
+        self,
+        call: protocol.Call,
+        texts: list[str],
+        ask: Callable[[str, str | None], Awaitable[str]],
+        width: int | None = None,
+    ) -> Answers:
+        """An answer to each prompt of a call, which may have a context each."""
+        half = len(texts) // 2 if call.contexts else len(texts)
+        given: list[str | None] = [*texts[half:]] if call.contexts else [None] * half
+        items = list(zip(texts[:half], given, strict=True))
         if not call.batch:
-            return [await ask(item) for item in items]
-        return await tree.handler.each(items, ask, tree.width if deeper else tree.handler.concurrency)
+            return [await ask(*item) for item in items]
+        handler = self._tree.handler
+        return await handler.each(items, lambda item: ask(*item), width or handler.concurrency)
 
-    async def _ask_child(self, prompt: str, context: str | None, model: str | None) -> str:
-        question = None if context is None else prompt
+    async def _ask_model(
+        self, prompt: str, context: str | None, model: str | None, schema: Schema | None
+    ) -> str:
+        """One plain call; with a schema as many as it takes, and the reply as JSON."""
+        prompt = prompt if context is None else f"{prompt}\n\n{context}"
+        if schema is None:
+            return (await self._call_model([Message("user", prompt)], model)).text
+        messages = [Message("user", f"{prompt}\n\n{prompts.fill('schema', schema=schema.text)}")]
+        complaint: str | None = None
+        for _ in range(self._tree.schema_retries + 1):
+            text = (await self._call_model(messages, model, schema)).text
+            value, complaint = schema.parse(text)
+            if complaint is None:
+                return json.dumps(schema.plain(value))
+            again = prompts.fill("schema_again", reason=complaint)
+            messages += [Message("assistant", text), Message("user", again)]
+        raise InvalidReply(f"the reply does not fit the schema: {complaint}")
+
+    async def _call_model(
+        self, messages: Sequence[Message], model: str | None, schema: Schema | None = None
+    ) -> Reply:
+        handler, caller = self._tree.handler, self._caller("sub")
+        if schema is not None:
+            try:
+                return await handler.complete(messages, caller, model=model, schema=json.loads(schema.text))
+            except BadRequest as error:
+                if type(error) is not BadRequest:
+                    raise  # else: a provider that knows only a part of what a schema may say
+        return await handler.complete(messages, caller, model=model)
+
+    async def _ask_child(
+        self, prompt: str, context: str | None, model: str | None, schema: Schema | None
+    ) -> str:
         self._tree.ledger.reserve_child()
         child = Run(
             self._tree,
             prompt if context is None else context,
-            question,
+            None if context is None else prompt,
             depth=self._depth + 1,
             parent=self._id,
             model=model,
+            check=AnswerCheck(schema=schema),
         )
-        return (await child.run()).response
+        outcome = await child.run()
+        return outcome.response if schema is None else json.dumps(schema.plain(outcome.parsed))
+
+    def _wanted(self, text: str) -> Schema:
+        """What a cell wants replies to be. Raises ConfigError, which is the cell's error."""
+        try:
+            named = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ConfigError("the schema is no JSON") from None
+        return self._tree.schemas.of(named)
+
+    def _check_depth(self) -> None:
+        limits = self._tree.ledger.limits
+        if limits.on_max_depth == "raise":
+            raise MaxDepthExceeded(
+                f"a child run would be deeper than max_depth={limits.max_depth}: use llm_query",
+                limit=limits.max_depth,
+                used=self._depth + 1,
+            )
 
     def _on_output(self, stream: str, text: str) -> None:
         self._emit(CellOutput, cell=self._cells, stream=stream, text=text)

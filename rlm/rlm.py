@@ -7,6 +7,7 @@ happens on the core's one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -18,15 +19,19 @@ from . import hostloop, plugins
 from .answers import AnswerCheck
 from .backends import Backends, client_of, connect, name_of
 from .client import UsageSummary
-from .environment import BaseEnv, Host, Isolation, REPLResult
+from .environment import BaseEnv, Host, Isolation, REPLResult, SupportsPersistence
 from .errors import ConfigError
 from .events import AnyEvent, EventBus, JSONLWriter, Subscriber, Trace
 from .handler import LMHandler
-from .ledger import Ledger, Limits
-from .loop import Run, Stopped, Tree
+from .ledger import Ledger
+from .loop import Run, Stopped, Tree, Turn
+from .pool import Environments, nobody
+from .schemas import Schemas
+from .tools import Tools
 
 if TYPE_CHECKING:
     from .config import Config
+    from .conversation import Conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,12 @@ class RLM:
         self._on_event = on_event
         self._backends: Backends | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._new_environment: Callable[[], BaseEnv] | None = None
+        self._environments: Environments | None = None
+        self._conversation: Conversation | None = None
+        self._tools = Tools.parse(self.config.custom_tools)
+        sub_tools = self.config.custom_sub_tools
+        self._sub_tools = self._tools if sub_tools is None else Tools.parse(sub_tools)
+        self._schemas = Schemas(self.config.schemas)
 
     @classmethod
     def from_config(cls, path: str | Path, *, on_event: Subscriber | None = None, **overrides: Any) -> RLM:
@@ -113,13 +123,20 @@ class RLM:
         final answer is data of that type, in ``parsed``; the model is told what is wrong with one
         that is not. Raises RLMError; one that ended a run carries its partial answer, usage
         and trace. Ctrl-C stops the run, cleans up, and raises KeyboardInterrupt.
+
+        With ``persistent=True`` all completions of this RLM are one conversation: see `session`.
         """
+        if self.config.persistent:
+            return self._own_session().completion(prompt, root_prompt, response_model=response_model)
         return hostloop.run(self._complete(prompt, root_prompt, [], response_model))
 
     async def acompletion(
         self, prompt: Any, root_prompt: str | None = None, *, response_model: Any = None
     ) -> RLMChatCompletion:
         """`completion`, awaited. Cancelling it stops the run and cleans up."""
+        if self.config.persistent:
+            session = self._own_session()
+            return await session.acompletion(prompt, root_prompt, response_model=response_model)
         return await hostloop.delegate(self._complete(prompt, root_prompt, [], response_model))
 
     async def astream(self, prompt: Any, root_prompt: str | None = None) -> AsyncIterator[AnyEvent]:
@@ -144,12 +161,56 @@ class RLM:
                 task.cancel()
                 await asyncio.wait([task])
 
+    # -- sessions
+
+    def session(self) -> Conversation:
+        """Several completions over one sandbox, each of which finds the variables of those before.
+
+        ``with rlm.session() as s: s.completion(...); s.completion(...)``. An environment that cannot
+        keep a session raises ConfigError here, before anything is asked of a model.
+        """
+        from .conversation import Conversation
+
+        env = self._environment_factory()()
+        if not isinstance(env, SupportsPersistence):
+            raise ConfigError(
+                f"the environment {name_of(self.config.environment)!r} keeps nothing from one completion to "
+                "the next: it does not implement rlm.SupportsPersistence"
+            )
+        return Conversation(self)
+
+    @classmethod
+    def resume(cls, path: str | Path, **overrides: Any) -> Conversation:
+        """A session that `Conversation.save` wrote, in this process.
+
+        ``overrides`` are settings that win over those it was saved with; objects, functions and keys are
+        in no file, and are to be given again. Raises ConfigError for a file that this user did not save.
+        """
+        from .conversation import Conversation
+
+        return Conversation.read(Path(path), overrides)
+
+    def _own_session(self) -> Conversation:
+        if self._conversation is None:
+            self._conversation = self.session()
+        return self._conversation
+
     def close(self) -> None:
-        """Close the model clients that this RLM made. Safe to call twice."""
+        """Close the model clients that this RLM made, and end its sandboxes. Safe to call twice."""
+        hostloop.run(self.aclose())
+
+    async def aclose(self) -> None:
+        """`close`, on the core's loop."""
+        conversation, self._conversation = self._conversation, None
         backends, self._backends = self._backends, None
+        environments, self._environments = self._environments, None
+        if conversation is not None:
+            await conversation.aclose()
+        if environments is not None:
+            await environments.aclose()
         if backends is not None:
             self._finalizer.detach()
-            hostloop.run(backends.aclose())
+            await backends.aclose()
 
     def __repr__(self) -> str:
         return f"RLM({', '.join(f'{name}={value!r}' for name, value in self.config.shown())})"
@@ -168,6 +229,7 @@ class RLM:
         root_prompt: str | None,
         subscribers: list[Subscriber],
         response_model: Any = None,
+        turn: Turn | None = None,
     ) -> RLMChatCompletion:
         config = self.config
         if root_prompt is not None and not isinstance(root_prompt, str):
@@ -184,7 +246,7 @@ class RLM:
         if config.logger is not None:
             followed = config.logger.follow(config, backends.root.client.model_name)
             subscribers.append(followed)
-        result = await self._recorded(backends, notes, context, root_prompt, subscribers, check)
+        result = await self._recorded(backends, notes, context, root_prompt, subscribers, check, turn)
         metadata = followed.trajectory() if followed is not None else None
         return dataclasses.replace(result, prompt=prompt, metadata=metadata)
 
@@ -196,11 +258,12 @@ class RLM:
         root_prompt: str | None,
         subscribers: list[Subscriber],
         check: AnswerCheck,
+        turn: Turn | None,
     ) -> RLMChatCompletion:
         """A run whose events are appended to the trace file, if there is to be one."""
         config = self.config
         if config.trace is None:
-            return await self._run(backends, notes, context, root_prompt, EventBus(subscribers), check)
+            return await self._run(backends, notes, context, root_prompt, EventBus(subscribers), check, turn)
         try:
             writer = JSONLWriter(config.trace)
         except OSError as error:
@@ -209,7 +272,7 @@ class RLM:
             ) from error
         with writer:
             bus = EventBus([*subscribers, writer])
-            return await self._run(backends, notes, context, root_prompt, bus, check)
+            return await self._run(backends, notes, context, root_prompt, bus, check, turn)
 
     async def _run(
         self,
@@ -219,26 +282,29 @@ class RLM:
         question: str | None,
         events: EventBus,
         check: AnswerCheck,
+        turn: Turn | None,
     ) -> RLMChatCompletion:
         config = self.config
-        if self._new_environment is None:
-            self._new_environment = environment_factory(config.environment, config.environment_kwargs)
         ledger = Ledger(config.limits())
         handler = LMHandler(
             backends, ledger, events, concurrency=config.max_concurrent_calls, stream=config.stream
         )
-        async with handler:
+        async with handler, self._lend_environments(handler) as environments:
             tree = Tree(
                 handler=handler,
                 ledger=ledger,
                 events=events,
-                new_environment=self._new_environment,
+                environments=environments,
                 environment_name=name_of(config.environment),
                 backend_name=name_of(config.backend),
                 system_prompt=config.custom_system_prompt,
                 width=config.max_concurrent_subcalls,
+                tools=self._tools,
+                sub_tools=self._sub_tools,
+                schemas=self._schemas,
+                schema_retries=config.schema_retries,
             )
-            run = Run(tree, context, question, notes=notes, check=check)
+            run = Run(tree, context, question, notes=notes, check=check, turn=turn)
             outcome = await run.run()
         return RLMChatCompletion(
             prompt=context,
@@ -254,11 +320,30 @@ class RLM:
             isolation=run.isolation,
         )
 
+    def _environment_factory(self) -> Callable[[], BaseEnv]:
+        return environment_factory(self.config.environment, self.config.environment_kwargs)
+
+    @contextlib.asynccontextmanager
+    async def _lend_environments(self, handler: LMHandler) -> AsyncIterator[Environments]:
+        """Those of this RLM, where it keeps some; else some for one run tree."""
+        keep = self.config.pool
+        environments = self._environments or Environments(self._environment_factory(), keep)
+        if keep and self._environments is None:
+            self._environments = environments
+            weakref.finalize(self, hostloop.run_at_end, environments.aclose)
+        if keep:
+            environments.fill(Host(handler, nobody))
+        try:
+            yield environments
+        finally:
+            await environments.settle()
+
     async def _connect(self) -> tuple[Backends, list[str]]:
         """The clients, made on first use, on the core's loop; and what they have to say."""
         loop = asyncio.get_running_loop()
         if self._backends is None or self._loop is not loop:  # a fork has a loop of its own
             self._backends, self._loop = connect(self.config), loop
+            self._backends.check_aliases()
             self._finalizer = weakref.finalize(self, hostloop.run_at_end, self._backends.aclose)
         notes = await self._backends.prepare()
         if self.config.max_budget is not None:
@@ -278,8 +363,10 @@ class REPL:
         backend: Any,
         settings: dict[str, Any],
         on_output: Callable[[str, str], None],
+        custom_tools: dict[str, Any] | None = None,
     ) -> None:
         self._new = environment_factory(environment, settings)
+        self._tools = Tools.parse(custom_tools)
         client = client_of(backend, {}) if backend is not None else None
         self._backends = Backends.of(client, owned=client is not backend)
         self._on_output = on_output
@@ -316,13 +403,16 @@ class REPL:
         return self._env
 
     async def _start(self) -> None:
+        from .limits import Limits  # pydantic, which whoever runs cells without models need not wait for
+
         ledger, events = Ledger(Limits(max_depth=1)), EventBus()
         await self._backends.prepare()
         self._handler = await LMHandler(self._backends, ledger, events).__aenter__()
-        tree = Tree(self._handler, ledger, events, self._new, "repl", "repl", None, 1)
+        tree = Tree(self._handler, ledger, events, Environments(self._new), tools=self._tools)
         env = self._new()
         try:
-            await env.start(Host(self._handler, Run(tree, "", None).serve, self._on_output))
+            serve = Run(tree, "", None).serve
+            await env.start(Host(self._handler, serve, self._on_output, tools=self._tools))
         except BaseException:
             await env.close()
             await self._handler.__aexit__()
@@ -344,15 +434,16 @@ def open_repl(
     *,
     backend: Any = None,
     on_output: Callable[[str, str], None] = lambda stream, text: None,
+    custom_tools: dict[str, Any] | None = None,
     **settings: Any,
 ) -> REPL:
     """A sandbox to run cells in: ``with open_repl("local") as repl: repl.execute("x = 1")``.
 
     ``settings`` go to the environment's constructor; ``backend`` answers what cells ask, and is
     what an RLM takes for one (a name, a BaseLM, a function); ``on_output`` is told what a running
-    cell prints, as (stream, text).
+    cell prints, as (stream, text); ``custom_tools`` are functions and data that cells find by name.
     """
-    return REPL(environment, backend, settings, on_output)
+    return REPL(environment, backend, settings, on_output, custom_tools)
 
 
 def environment_factory(environment: Any, settings: dict[str, Any]) -> Callable[[], BaseEnv]:

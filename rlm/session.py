@@ -10,6 +10,7 @@ touches no other.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import secrets
@@ -17,7 +18,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 from . import protocol, wire
-from .errors import RLMError, SandboxLost, SandboxUnavailable
+from .context import Encoded
+from .errors import RLMError, SandboxLost, SandboxUnavailable, ToolError
 
 log = logging.getLogger("rlm.handler")
 
@@ -34,7 +36,8 @@ BROKEN = "protocol error: "
 """How the reason begins when it was this end that closed a connection, for what came over it."""
 
 Blobs = list[bytes]
-Answers = Sequence[str | RLMError]
+Answers = Sequence[str | Encoded | RLMError]
+"""To each item of a call: a text, a value, or what went wrong."""
 ServeCalls = Callable[[protocol.Call, list[str]], Awaitable[Answers]]
 Receive = Callable[[protocol.Message, Blobs], None]
 
@@ -47,6 +50,8 @@ class Session:
         self._secret = secrets.token_hex(32)
         self.blob_limit = blob_limit
         self.in_flight = 0
+        self.outlives_handler = False
+        """Whether the handler that ends leaves it for another one to take over."""
         self.on_waiting: Callable[[bool], None] = lambda waiting: None
         """Told when the sandbox begins, and when it ceases, to wait for a call."""
         self._serve = serve
@@ -124,6 +129,13 @@ class Session:
             task.cancel()
         self._calls.clear()
 
+    def end_calls(self, why: RLMError) -> None:
+        """Fail what is in flight: whoever waits for it in the sandbox is told why."""
+        for number in tuple(self._calls):
+            with contextlib.suppress(SandboxLost):
+                self.send({"t": "reply", "id": number, "error": _clipped(why)})
+        self.cancel_calls()
+
     @property
     def is_connected(self) -> bool:
         """Whether a connection has proved to be this session's and still stands."""
@@ -183,7 +195,8 @@ class Session:
 
 
 def _clipped(error: RLMError, limit: int = 4000) -> list[str]:
-    return [type(error).__name__, str(error)[:limit]]
+    kind = error.kind if isinstance(error, ToolError) else type(error).__name__
+    return [kind[:200], str(error)[:limit]]
 
 
 def _reply(call: protocol.Call, answers: Answers) -> tuple[dict[str, Any], Blobs]:
@@ -193,6 +206,8 @@ def _reply(call: protocol.Call, answers: Answers) -> tuple[dict[str, Any], Blobs
         if isinstance(answer, RLMError):
             failures.append([index, *_clipped(answer, max(100, 400_000 // len(answers)))])
             blobs.append(b"")
+        elif isinstance(answer, Encoded):
+            return {"form": answer.form}, [answer.data]
         else:
             blobs.append(answer.encode("utf-8", "replace"))
     if failures and not call.batch:

@@ -85,6 +85,9 @@ HEADROOM = 8 << 20
 FINAL_LIMIT = wire.BLOB_LIMIT // 8
 """Characters of a final answer: with escapes and beside other parts, it still fits into a frame."""
 
+SNAPSHOT_LIMIT = wire.BLOB_LIMIT // 2
+"""Bytes of saved variables."""
+
 ECHO_LIMIT = 20_000
 """Characters of the repr of a last expression."""
 
@@ -250,6 +253,7 @@ class Supervisor:
         self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
         self._memory_kills = _out_of_memory_kills()
         self._incoming: Incoming | None = None
+        self._resetting: int | None = None
 
     def run(self) -> NoReturn:
         """Serve until the host closes the stream, then leave nothing behind."""
@@ -405,6 +409,8 @@ class Supervisor:
             self._begin_parts(message, wire.join(header))
         elif kind == "part":
             self._add_part(message, blobs[0])
+        elif kind == "reset":
+            self._reset(message["id"])
         else:
             if kind == "execute":
                 self._cell = message["id"]
@@ -440,6 +446,29 @@ class Supervisor:
         poll.register(self._channel.fileno(), select.POLLOUT)
         if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
             raise BlockingIOError
+
+    # -- beginning anew
+
+    def _reset(self, number: int) -> None:
+        """Leave nothing of what cells have started or written, for somebody else's session."""
+        self._poll.unregister(self._channel.fileno())
+        self._channel.close()
+        self._drop_incoming()
+        self._cell = self._crash = self._crashed_cell = None
+        self._loading.clear()
+        self._held.clear()
+        self._kill_all()
+        self._drain()
+        for captured in self._captured.values():
+            captured.take()
+        folders = self._options.get("wipe") or [self._options["scratch"]]
+        left = _wipe(folders)
+        if left:
+            error = "these cannot be removed: " + ", ".join(left[:5])
+            self._host.send(wire.encode({"t": "loaded", "id": number, "error": _clean(error, 2000)}))
+            raise EOFError
+        self._resetting = number
+        self._start_executor()
 
     # -- contexts that come in parts: kept once, outside of this process, and handed on whole
 
@@ -524,6 +553,9 @@ class Supervisor:
             self._greet()
             return
         self._restarts = 0
+        if self._resetting is not None:
+            number, self._resetting = self._resetting, None
+            self._host.send(wire.encode({"t": "loaded", "id": number}))
         if self._crash is not None:
             crash, self._crash = self._crash, None
             crash["lost"] = [_clean(name, 200) for name in message.get("lost", [])[:20]]
@@ -713,11 +745,12 @@ class Supervisor:
 # What an executor says was said by a cell, if the cell wanted: it is checked before it goes to the
 # host, so that a cell that forges messages is rolled back, and does not end its session.
 
-_PARTS = frozenset(("echo", "value", "traceback", "final", "final_value", "draft"))
+_PARTS = frozenset(("echo", "value", "traceback", "final", "final_value", "draft", "snapshot"))
 _CALL_SHAPE: dict[str, Any] = {
     "t": str, "id": int, "fn": str, "model": (str, type(None)), "batch": bool, "contexts": bool,
-    "blobs": list,
+    "schema": bool, "tool": str, "blobs": list,
 }  # fmt: skip
+_CALLS = frozenset(("llm_query", "rlm_query", "budget", "tool"))
 
 
 def _clean(text: Any, limit: int) -> str:
@@ -747,10 +780,11 @@ def _check_call(message: dict[str, Any]) -> None:
     for name, value in message.items():
         if not isinstance(value, _CALL_SHAPE[name]):
             raise TypeError(name)
-    if message["fn"] not in ("llm_query", "rlm_query", "budget") or type(message["id"]) is not int:
+    if message["fn"] not in _CALLS or type(message["id"]) is not int:
         raise ValueError("no such call")
-    if message.get("model") is not None and not message["model"].isprintable():
-        raise ValueError("no such model")
+    for name in ("model", "tool"):
+        if message.get(name) is not None and not message[name].isprintable():
+            raise ValueError("no such " + name)
 
 
 class StandbySlot:
@@ -809,6 +843,40 @@ def _out_of_memory_kills() -> int:
     return 0
 
 
+def _wipe(folders: Iterable[str]) -> list[str]:
+    """Empty these folders. Returns what is left in them."""
+    left = []
+    for folder in folders:
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                _remove_folder(path)
+            else:
+                _attempt(os.unlink, path)
+            if os.path.lexists(path):
+                left.append(path)
+    return left
+
+
+def _remove_folder(path: str) -> None:
+    """Remove a folder, also of one that a cell has made unreadable."""
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        for folder, _, _ in os.walk(path):
+            _attempt(os.chmod, folder, 0o700)
+            for entry in os.scandir(folder):
+                if entry.is_dir(follow_symlinks=False):
+                    _attempt(os.chmod, entry.path, 0o700)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _attempt(step: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        step(*arguments)
+    except OSError:
+        pass  # whoever asked looks at what has come of it
+
+
 def _enlarge_pipe(fd: int) -> None:
     try:
         fcntl.fcntl(fd, _F_SETPIPE_SZ, FLOOD_PIPE_SIZE)
@@ -862,7 +930,15 @@ class LLMError(RuntimeError):
         self.kind = kind
 
 
-LLMError.__module__ = "__main__"  # where a cell finds it
+class ToolError(RuntimeError):
+    """A tool of the host's that failed. ``kind`` names the exception; the text holds what it said."""
+
+    def __init__(self, message: str, kind: str = "ToolError") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+LLMError.__module__ = ToolError.__module__ = "__main__"  # where a cell finds them
 
 
 class _Waiter:
@@ -1073,23 +1149,41 @@ class Namespace:
         self.names["answer"] = {"content": "", "ready": False}
         self.reserved: dict[str, Any] = {name: _plain_function(getattr(self, name)) for name in FUNCTIONS}
         self.reserved["LLMError"] = LLMError
+        self.reserved["ToolError"] = ToolError
         self.restore()
 
     def restore(self) -> None:
         """Put back reserved names that a cell has rebound or deleted."""
         self.names.update(self.reserved)
 
-    def llm_query(self, prompt: str, model: str | None = None) -> str:
-        """Ask a model one question. Raises LLMError when the call fails."""
-        return self._one("llm_query", prompt, model, None)
+    def take(self, message: dict[str, Any], data: Any) -> None:
+        """Put what the host gives under its names, or under each of them a tool."""
+        if message["format"] == "tools":
+            values = {name: self.tool(name, text) for name, text in json.loads(data).items()}
+        else:
+            values = dict.fromkeys(message["names"], _decode_context(data, message["format"]))
+        (self.names if message.get("free") else self.reserved).update(values)
+        self.restore()
 
-    def llm_query_batched(self, prompts: Sequence[str], model: str | None = None) -> list[Any]:
+    def llm_query(self, prompt: str, model: str | None = None, *, schema: Any = None) -> Any:
+        """Ask a model one question. Raises LLMError when the call fails.
+
+        With ``schema``, a JSON schema or the name of a type that the host offers, the reply is data of
+        that form in place of text.
+        """
+        return self._one("llm_query", prompt, model, None, schema)
+
+    def llm_query_batched(
+        self, prompts: Sequence[str], model: str | None = None, *, schema: Any = None
+    ) -> list[Any]:
         """Ask many questions at once; replies in order, a failed one as an LLMError in its place."""
-        return self._many("llm_query", prompts, model, None)
+        return self._many("llm_query", prompts, model, None, schema)
 
-    def rlm_query(self, prompt: str, model: str | None = None, *, context: str | None = None) -> str:
+    def rlm_query(
+        self, prompt: str, model: str | None = None, *, context: str | None = None, schema: Any = None
+    ) -> Any:
         """Have a child run, with a sandbox of its own, work on ``prompt`` (over ``context``, if given)."""
-        return self._one("rlm_query", prompt, model, context)
+        return self._one("rlm_query", prompt, model, context, schema)
 
     def rlm_query_batched(
         self,
@@ -1097,9 +1191,10 @@ class Namespace:
         model: str | None = None,
         *,
         contexts: Sequence[str] | None = None,
+        schema: Any = None,
     ) -> list[Any]:
         """Many child runs at once; answers in order, a failed one as an LLMError in its place."""
-        return self._many("rlm_query", prompts, model, contexts)
+        return self._many("rlm_query", prompts, model, contexts, schema)
 
     def FINAL(self, value: Any) -> Any:
         """Submit ``value`` as the final answer. The rest of the cell still runs."""
@@ -1125,11 +1220,40 @@ class Namespace:
         _raise_failure(reply)
         return dict(json.loads(blobs[0]))
 
-    def _one(self, function: str, prompt: str, model: str | None, context: str | None) -> str:
-        header, blobs = _request(function, [prompt], model, None if context is None else [context])
+    def tool(self, name: str, documentation: str) -> Callable[..., Any]:
+        """A function that has the host's tool of this name do the work."""
+
+        def function(*args, **kwargs):  # type: ignore[no-untyped-def] # its help shows what is written here
+            return self._use_tool(name, args, kwargs)
+
+        function.__name__ = function.__qualname__ = name
+        function.__module__ = "__main__"
+        function.__doc__ = documentation
+        return function
+
+    def _use_tool(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        try:
+            arguments = json.dumps([args, kwargs]).encode("ascii")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(
+                f"{name}() takes plain data (text, numbers, lists, dicts), for it runs outside of the "
+                f"sandbox: {error}"
+            ) from None
+        if len(arguments) > wire.BLOB_LIMIT:
+            raise ValueError(f"{name}() takes {wire.BLOB_LIMIT >> 20} MiB of arguments: pass less")
+        reply, blobs = self._calls.call({"fn": "tool", "tool": name}, [arguments])
+        _raise_failure(reply, ToolError)
+        try:
+            return _decode_context(blobs[0], reply["form"])
+        except Exception as error:  # whatever unpickling raises: a type that is not there, mostly
+            raise ToolError(f"what {name}() returned cannot be had here: {error}") from None
+
+    def _one(self, function: str, prompt: str, model: str | None, context: str | None, schema: Any) -> Any:
+        contexts = None if context is None else [context]
+        header, blobs = _request(function, [prompt], model, contexts, schema)
         reply, texts = self._calls.call(header, blobs)
         _raise_failure(reply)
-        return texts[0].decode("utf-8")
+        return _reply_of(texts[0], schema)
 
     def _many(
         self,
@@ -1137,6 +1261,7 @@ class Namespace:
         prompts: Sequence[str],
         model: str | None,
         contexts: Sequence[str] | None,
+        schema: Any,
     ) -> list[Any]:
         if isinstance(prompts, (str, bytes)):
             raise TypeError(f"{function}_batched takes a list of prompts, not one {type(prompts).__name__}")
@@ -1145,11 +1270,11 @@ class Namespace:
             raise ValueError(f"{len(prompts)} prompts but {len(contexts)} contexts")
         if not prompts:
             return []
-        header, blobs = _request(function, prompts, model, contexts)
+        header, blobs = _request(function, prompts, model, contexts, schema)
         reply, texts = self._calls.call({**header, "batch": True}, blobs)
         _raise_failure(reply)
         failures = {index: LLMError(text, kind) for index, kind, text in reply.get("failures", ())}
-        return [failures.get(i) or text.decode("utf-8") for i, text in enumerate(texts)]
+        return [failures.get(i) or _reply_of(text, schema) for i, text in enumerate(texts)]
 
     def answer(self) -> tuple[bool, Any]:
         """Whether a final answer stands in the namespace, and what it is."""
@@ -1219,7 +1344,7 @@ _SIGNATURES = {name: _signature_in_a_cell(getattr(Namespace, name)) for name in 
 
 
 def _request(
-    function: str, prompts: Sequence[str], model: str | None, contexts: Sequence[str] | None
+    function: str, prompts: Sequence[str], model: str | None, contexts: Sequence[str] | None, schema: Any
 ) -> tuple[dict[str, Any], list[bytes]]:
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model must be the name of a model, not {type(model).__name__}")
@@ -1229,6 +1354,9 @@ def _request(
     if contexts is not None:
         header["contexts"] = True
     blobs = [_prompt(text) for text in (*prompts, *(contexts or ()))]
+    if schema is not None:
+        header["schema"] = True
+        blobs.append(_schema(schema))
     if sum(map(len, blobs)) > wire.BLOB_LIMIT:
         raise ValueError(f"one call takes {wire.BLOB_LIMIT >> 20} MiB of text: ask about smaller parts")
     return header, blobs
@@ -1246,10 +1374,29 @@ def _prompt(text: Any) -> bytes:
         ) from None
 
 
-def _raise_failure(reply: dict[str, Any]) -> None:
+def _schema(schema: Any) -> bytes:
+    """What a reply is to be, as JSON: a JSON schema, or the name of a type of the host's."""
+    if hasattr(schema, "model_json_schema"):  # a pydantic model of the cell's own
+        schema = schema.model_json_schema()
+    if not isinstance(schema, (str, dict)):
+        raise TypeError(
+            f"schema must be a JSON schema (a dict) or the name of a type, not {type(schema).__name__}"
+        )
+    try:
+        return json.dumps(schema, allow_nan=False).encode("ascii")
+    except RecursionError:
+        raise ValueError("schema is nested too deeply") from None
+
+
+def _reply_of(text: bytes, schema: Any) -> Any:
+    """A reply as text, or as the data that was asked for."""
+    return text.decode("utf-8") if schema is None else json.loads(text)
+
+
+def _raise_failure(reply: dict[str, Any], error: Any = LLMError) -> None:
     if reply.get("error"):
         kind, text = reply["error"]
-        raise LLMError(text, kind)
+        raise error(text, kind)
 
 
 # --- the executor: running cells ---------------------------------------------------------------------
@@ -1277,6 +1424,9 @@ class Executor:
         self._namespace = Namespace(self._calls)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._in_cell = False
+        self._is_stale = False
+        """Whether the standby is older than the last cell, which has submitted an answer: the end, likely."""
+        self._keep: Any = None
         self._loop: Any = None
         self._pid = os.getpid()
 
@@ -1287,8 +1437,12 @@ class Executor:
         self._fork_standby()
         while True:
             message, blobs, descriptor = self._calls.command()
+            if self._is_stale and message["t"] != "room":
+                self._fork_standby()
             if message["t"] == "execute":
-                self._execute(message["id"], blobs[0].decode("utf-8", "surrogatepass"))
+                self._execute(message, blobs)
+                if self._is_stale:
+                    continue
             elif message["t"] == "load":
                 self._load(message, blobs, descriptor)
             elif message["t"] == "room":
@@ -1304,6 +1458,7 @@ class Executor:
 
     def _fork_standby(self, ask_for_room: bool = True) -> None:
         """Leave a sleeping copy of this process; it replaces the one before."""
+        self._is_stale = False
         if not (self._rollback and _has_room()):
             return  # a copy of a process without memory could not even wake up: the older one stays
         try:
@@ -1365,11 +1520,8 @@ class Executor:
         reply: dict[str, Any] = {"t": "loaded", "id": message["id"]}
         try:
             data = _read_descriptor(descriptor) if descriptor >= 0 else blobs[0]
-            value = _decode_context(data, message["format"])
+            self._namespace.take(message, data)
             del data
-            for name in message["names"]:
-                self._namespace.reserved[name] = value
-            self._namespace.restore()
         except Exception as error:  # whatever unpickling raises is the host's to report
             no_room = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
             text = NO_ROOM if no_room else str(error)
@@ -1378,38 +1530,74 @@ class Executor:
 
     # -- cells
 
-    def _execute(self, number: int, source: str) -> None:
-        header, parts = self._cell(number, source)
+    def _execute(self, message: dict[str, Any], blobs: list[bytes]) -> None:
+        if message.get("keep"):
+            header, parts = self._save_or_load(message["id"], message["keep"], blobs)
+        else:
+            header, parts = self._cell(message["id"], blobs[0].decode("utf-8", "surrogatepass"))
         header["parts"] = list(parts)
         self._calls.send(header, list(parts.values()))
+        self._is_stale = "final" in parts
 
     def _cell(self, number: int, source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Run one cell and put its result together."""
         filename = f"<cell {number}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+
+        def work(parts: dict[str, bytes]) -> None:
+            value = self._evaluate(source, filename)
+            if value is not None:
+                self._namespace.names["_"] = value
+                parts["echo"] = _text(_clip(repr(value), ECHO_LIMIT))
+                _add_plain("value", value, parts)
+
+        header, parts = self._result(number, work)
+        self._add_answer(header, parts)
+        return header, parts
+
+    def _save_or_load(
+        self, number: int, step: str, blobs: list[bytes]
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Save all variables, or put saved ones back: with the objects' own code, so run like a cell.
+
+        What it takes comes with the command (`rlm.keep` and what that needs), for few sessions do it.
+        """
+
+        def work(parts: dict[str, bytes]) -> None:
+            if self._keep is None:
+                keep = types.ModuleType("rlm.keep")
+                exec(compile(blobs[0], "rlm/keep.py", "exec"), keep.__dict__)
+                self._keep = keep.Keeper(self._namespace.names, self._namespace.reserved, blobs[1])
+            if step == "save":
+                parts["snapshot"], report = self._keep.save(SNAPSHOT_LIMIT)
+            else:
+                report = self._keep.load(blobs[2])
+            _add_plain("value", report, parts)
+
+        return self._result(number, work)
+
+    def _result(
+        self, number: int, work: Callable[[dict[str, bytes]], None]
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """What came of a cell's work, whatever that did."""
         header: dict[str, Any] = {"t": "result", "id": number}
         parts: dict[str, bytes] = {}
-        error = self._run(source, filename, parts)
+        error = self._run(work, parts)
         if os.getpid() != self._pid:
             os._exit(0)  # a process that the cell forked has come to the cell's end
         if error is not None:
             header["error"] = error
         self._close_output()
         self._namespace.restore()
-        self._add_answer(header, parts)
         return header, parts
 
-    def _run(self, source: str, filename: str, parts: dict[str, bytes]) -> list[str] | None:
+    def _run(self, work: Callable[[dict[str, bytes]], None], parts: dict[str, bytes]) -> list[str] | None:
         """Run one cell. What it raised comes back as [type, message], the traceback in ``parts``."""
         _set_handler(_SIGINT, self._on_interrupt)
         try:
             try:
                 self._in_cell = True
-                value = self._evaluate(source, filename)
-                if value is not None:
-                    self._namespace.names["_"] = value
-                    parts["echo"] = _text(_clip(repr(value), ECHO_LIMIT))
-                    _add_plain("value", value, parts)
+                work(parts)
             finally:
                 self._in_cell = False
         except BaseException as error:  # a cell may raise anything; its session goes on

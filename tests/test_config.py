@@ -1,6 +1,5 @@
 """Facts about settings: what is understood, what is refused, and what the refusal says."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from pydantic import ValidationError
 from rlm import RLM
 from rlm.config import Config
 from rlm.errors import ConfigError, RLMError
-from rlm.ledger import Limits
+from rlm.limits import Limits
 from rlm_scripted import ScriptedLM
 
 FIELDS = sorted(Config.model_fields)
@@ -59,14 +58,16 @@ def test_every_setting_has_a_default() -> None:
 
 def test_every_limit_is_a_setting_with_the_same_default() -> None:
     assert Config.create().limits() == Limits()
-    assert {field.name for field in dataclasses.fields(Limits)} <= set(FIELDS)
+    assert set(Limits.model_fields) <= set(FIELDS)
 
 
 def test_limits_are_what_the_settings_say() -> None:
     config = Config.create(
         max_iterations=5, max_depth=2, max_timeout=60, cell_timeout=None, max_calls=7, max_errors=3
     )
-    assert config.limits() == Limits(5, 2, 60.0, None, 7, 3)
+    assert config.limits() == Limits(
+        max_iterations=5, max_depth=2, max_timeout=60.0, cell_timeout=None, max_calls=7, max_errors=3
+    )
 
 
 def test_settings_cannot_be_changed() -> None:

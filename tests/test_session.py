@@ -16,7 +16,8 @@ from rlm import session as session_module
 from rlm.errors import ModelError, RLMError, SandboxLost, SandboxUnavailable
 from rlm.events import EventBus
 from rlm.handler import LMHandler
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 from rlm.session import Answers, Session
 
 PATIENCE = 60

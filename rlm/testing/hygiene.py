@@ -19,7 +19,8 @@ from ..environment import BaseEnv, Host
 from ..errors import SandboxError
 from ..events import EventBus
 from ..handler import LMHandler
-from ..ledger import Ledger, Limits
+from ..ledger import Ledger
+from ..limits import Limits
 from ..rlm import open_repl
 from ..session import Receive, ServeCalls, Session
 from .sessions import OpenCells, OpenSandbox, echo, eventually, open_files

@@ -20,7 +20,8 @@ from .. import hostloop
 from ..environment import BaseEnv, Host, Isolation
 from ..events import EventBus
 from ..handler import LMHandler
-from ..ledger import Ledger, Limits
+from ..ledger import Ledger
+from ..limits import Limits
 from ..rlm import open_repl
 from .base import PluginSuite
 from .sessions import (

@@ -1,0 +1,132 @@
+"""Environments for the runs of a tree: started, lent to one run after another, ended.
+
+An environment that can begin anew (`SupportsReset`) does so when its run is over, and serves the next one:
+fifty child runs then cost little more than their cells. One that cannot is ended, and another is started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from . import protocol
+from .environment import BaseEnv, Host, SupportsReset
+from .errors import ModelError, RLMError
+from .session import Answers
+
+
+async def nobody(call: protocol.Call, texts: list[str]) -> Answers:
+    """Serves the cells of a sandbox that no run has at the moment: what runs on in it, perhaps."""
+    raise ModelError("nobody answers: the run that this sandbox was for is over", sent=False)
+
+
+class Environments:
+    """Lends environments of one kind. ``keep`` of them stay ready when nobody uses them."""
+
+    def __init__(self, new: Callable[[], BaseEnv], keep: int = 0) -> None:
+        self.new = new
+        """Makes one that is nobody's yet."""
+        self._keep = keep
+        self._idle: list[BaseEnv] = []
+        self._returning: set[asyncio.Task[None]] = set()
+        self._filling: set[asyncio.Task[None]] = set()
+        self._lent = 0
+
+    @contextlib.asynccontextmanager
+    async def lend(self, host: Host) -> AsyncIterator[BaseEnv]:
+        """An environment that is up, with the host's tools, for one run. Raises SandboxUnavailable.
+
+        One whose run ends with an error serves no other: nobody knows what it is in the middle of.
+        """
+        self._lent += 1
+        try:
+            env = await self._take(host)
+            try:
+                yield env
+            except BaseException:
+                await env.close()
+                raise
+            await self._give_back(env)
+        finally:
+            self._lent -= 1
+
+    async def _take(self, host: Host) -> BaseEnv:
+        host.outlives_handler = self._keep > 0
+        while self._idle or self._returning:
+            if not self._idle:
+                await asyncio.wait(self._returning, return_when=asyncio.FIRST_COMPLETED)
+                continue
+            env = self._idle.pop()
+            try:
+                assert isinstance(env, SupportsReset)
+                await env.assign(host)
+                return env
+            except RLMError:  # it died while it waited
+                await env.close()
+            except BaseException:
+                await env.close()
+                raise
+        env = self.new()
+        try:
+            await env.start(host)
+        except BaseException:
+            await env.close()
+            raise
+        return env
+
+    async def _give_back(self, env: BaseEnv) -> None:
+        is_wanted = self._lent > 1 or len(self._idle) < self._keep  # by a run of this tree, or the next
+        if not (is_wanted and isinstance(env, SupportsReset)):
+            await env.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._reset(env))
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
+
+    async def _reset(self, env: BaseEnv) -> None:
+        try:
+            assert isinstance(env, SupportsReset)
+            await env.reset()
+            self._idle.append(env)
+        except RLMError:  # then the next run gets another one
+            await env.close()
+        except BaseException:
+            await env.close()
+            raise
+
+    def fill(self, host: Host) -> None:
+        """Start in the background what is lacking of those to be kept. ``host`` is for their start alone."""
+        host.outlives_handler = True
+        lacking = self._keep - len(self._idle) - len(self._returning) - len(self._filling)
+        for _ in range(lacking):
+            task = asyncio.get_running_loop().create_task(self._start_one(host))
+            self._filling.add(task)
+            task.add_done_callback(self._filling.discard)
+
+    async def _start_one(self, host: Host) -> None:
+        env = self.new()
+        if not isinstance(env, SupportsReset):
+            return
+        try:
+            await env.start(host)
+            self._idle.append(env)
+        except RLMError:  # whoever needs one will be told
+            await env.close()
+        except BaseException:
+            await env.close()
+            raise
+
+    async def settle(self, keep: int | None = None) -> None:
+        """Wait for what is on its way, and end whatever is more than what is kept."""
+        while pending := {*self._returning, *self._filling}:
+            await asyncio.wait(pending)
+        keep = self._keep if keep is None else keep
+        surplus, self._idle = self._idle[keep:], self._idle[:keep]
+        await asyncio.gather(*(env.close() for env in surplus))
+
+    async def aclose(self) -> None:
+        """End all of them. Safe to call twice."""
+        for task in {*self._returning, *self._filling}:
+            task.cancel()
+        await self.settle(keep=0)
