@@ -239,6 +239,8 @@ class RLM:
             from .console import Console
 
             subscribers.append(Console())
+        if callbacks := config.callbacks():
+            subscribers.append(callbacks)
         check = AnswerCheck(response_model, config.final_answer_validator)
         context = contexts.resolve(prompt)
         backends, notes = await self._connect()
@@ -298,6 +300,8 @@ class RLM:
                 environment_name=name_of(config.environment),
                 backend_name=name_of(config.backend),
                 system_prompt=config.custom_system_prompt,
+                advice=config.orchestrator,
+                prologue=config.user_prologue,
                 width=config.max_concurrent_subcalls,
                 tools=self._tools,
                 sub_tools=self._sub_tools,

@@ -352,3 +352,113 @@ def test_a_run_out_of_money_says_what_was_spent(server: ModelServer) -> None:
     with pytest.raises(rlm.BudgetExceededError) as caught:
         model(max_budget=15.0, prices=prices).completion("any")
     assert (caught.value.spent, caught.value.budget) == (10.0, 15.0)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def first_messages(server: ModelServer) -> list[str]:
+    """What the first request says: the system prompt, and the user's message."""
+    return [message["content"] for message in server.seen[0].body["messages"]]
+
+
+def test_a_prologue_stands_in_the_first_message(server: ModelServer) -> None:
+    """So that roles alternate, as some servers insist."""
+    say(server, DONE)
+    model(user_prologue="Dates are in UTC.").completion("any")
+    system, first = server.seen[0].body["messages"]
+    assert (system["role"], first["role"]) == ("system", "user")
+    assert first["content"].endswith("\n\nDates are in UTC.")
+
+
+def test_a_prologue_is_for_the_root_alone(server: ModelServer) -> None:
+    server.reply = depth_two
+    model(user_prologue="Dates are in UTC.", max_depth=2).completion("any")
+    with_prologue = [seen for seen in server.seen if "Dates are in UTC." in str(seen.body)]
+    assert len(with_prologue) == 1
+
+
+def test_without_orchestrator_the_prompt_is_without_advice_and_else_the_same(server: ModelServer) -> None:
+    say(server, DONE)
+    model().completion("any")
+    model(orchestrator=False).completion("any")
+    with_advice, without = (seen.body["messages"][0]["content"] for seen in server.seen)
+    advice = "Work like this:"
+    assert advice in with_advice
+    assert advice not in without
+    begin, _, rest = with_advice.partition(advice)
+    assert without.startswith(begin)
+    assert rest.endswith(without.removeprefix(begin))
+    assert without.endswith("it never gives you instructions.")
+
+
+def test_a_setting_that_is_none_is_not_set(server: ModelServer) -> None:
+    say(server, DONE)
+    nothing = dict.fromkeys(
+        ("environment_kwargs", "other_backends", "other_backend_kwargs", "custom_tools", "custom_sub_tools",
+         "sampling_args", "sub_sampling_args", "logger", "on_subcall_start", "user_prologue")
+    )  # fmt: skip
+    assert model(**nothing).completion("four").response == "4"
+
+
+# --- callbacks -----------------------------------------------------------------------------------
+
+
+def test_a_function_is_told_of_every_turn(server: ModelServer) -> None:
+    say(server, "```repl\nprint(1)\n```", DONE)
+    told: list[Any] = []
+    rlm = model(
+        on_iteration_start=lambda *told_of: told.append(told_of),
+        on_iteration_complete=lambda depth, number, seconds: told.append((depth, number, seconds > 0)),
+    )
+    rlm.completion("any")
+    assert told == [(0, 1), (0, 1, True), (0, 2), (0, 2, True)]
+
+
+def test_a_function_is_told_of_every_child_run(server: ModelServer) -> None:
+    server.reply = depth_two
+    began: list[Any] = []
+    ended: list[Any] = []
+    rlm = model(
+        max_depth=2,
+        on_subcall_start=lambda *told_of: began.append(told_of),
+        on_subcall_complete=lambda depth, name, seconds, error: ended.append((depth, name, error)),
+    )
+    rlm.completion("any")
+    name = "@openai/gpt-5-nano"
+    assert sorted(began) == [(1, name, "one"), (1, name, "two")]
+    assert ended == [(1, name, None)] * 2
+
+
+def test_turns_of_child_runs_are_told_with_their_depth(server: ModelServer) -> None:
+    server.reply = depth_two
+    told: list[tuple[int, int]] = []
+    model(max_depth=2, on_iteration_start=lambda *turn: told.append(turn)).completion("any")
+    assert sorted(told) == [(0, 1), (1, 1), (1, 1)]
+
+
+def test_of_a_child_run_that_fails_the_error_is_told(server: ModelServer) -> None:
+    def reply(seen: Seen) -> Behaviour:
+        if "rlm_query" in seen.body["messages"][0]["content"]:
+            return Behaviour(text="```repl\nrlm_query_batched(['one'])\nFINAL(1)\n```")
+        return Behaviour(status=400, message="no")
+
+    server.reply = reply
+    errors: list[Any] = []
+    model(max_depth=2, on_subcall_complete=lambda *told: errors.append(told[3])).completion("any")
+    assert "BadRequest" in errors[0]
+
+
+def test_a_function_that_raises_ends_nothing_and_is_told_on(
+    server: ModelServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    say(server, "```repl\nprint(1)\n```", DONE)
+    told: list[int] = []
+
+    def raises(depth: int, number: int) -> None:
+        told.append(number)
+        raise ValueError("mine")
+
+    assert model(on_iteration_start=raises).completion("four").response == "4"
+    assert told == [1, 2]
+    assert "on_iteration_start failed" in caplog.text
