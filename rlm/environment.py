@@ -297,6 +297,8 @@ class WorkerEnv(BaseEnv):
         self._counts = {"context": 0, "history": 0}
         self._lost: list[str] = []
         self._given_is_gone = False
+        self._has_variables = False
+        """Whether a cell has ended well since the executor began: else there is nothing it could lose."""
         self._python = ""
         self._interrupted = 0
         self._streams: dict[str, codecs.IncrementalDecoder] = {}
@@ -445,7 +447,7 @@ class WorkerEnv(BaseEnv):
         self._given.clear()
         self._counts = dict.fromkeys(self._counts, 0)
         self._lost.clear()
-        self._given_is_gone = False
+        self._given_is_gone = self._has_variables = False
         self._cells = 0
 
     async def assign(self, host: Host) -> None:
@@ -491,20 +493,30 @@ class WorkerEnv(BaseEnv):
                 self._host.on_output(message.stream, decoder.decode(b"".join(blobs)))
         elif isinstance(message, protocol.CrashNotice):
             self._note_crash(message.crash)
-            self._lost += _losses(message.crash) or ["what ran in the background"]
+            self._lost += self._losses(message.crash) or ["what ran in the background"]
         elif isinstance(message, protocol.Result | protocol.Loaded):
-            if isinstance(message, protocol.Result) and message.crash is not None:
-                self._note_crash(message.crash)
+            if isinstance(message, protocol.Result):
+                if message.crash is not None:
+                    self._lost += self._losses(message.crash)
+                    self._note_crash(message.crash)
+                else:
+                    self._has_variables = True
             future = self._pending.get(message.id)
             if (message.id > 0) != isinstance(message, protocol.Result):
                 raise FrameError("an answer to something else")
             if future is not None and not future.done():
                 future.set_result((message, blobs))
 
+    def _losses(self, crash: protocol.Crash) -> list[str]:
+        if crash.state == "lost":
+            return ["every variable but the contexts"] if self._has_variables else []
+        return [name[:100] for name in crash.lost[:20]]
+
     def _note_crash(self, crash: protocol.Crash) -> None:
         assert self.session is not None
         self.session.cancel_calls()
-        self._given_is_gone = self._given_is_gone or crash.state == "lost"
+        if crash.state == "lost":
+            self._given_is_gone, self._has_variables = True, False
         for number, future in self._pending.items():
             if number < 0 and not future.done():  # a load that will not be answered any more
                 future.set_exception(SandboxError("the sandbox's process died while it loaded a context"))
@@ -647,8 +659,7 @@ class WorkerEnv(BaseEnv):
         timeout: float | None,
     ) -> REPLResult:
         text = {name: _decode(data) for name, data in parts.items()}
-        lost = tuple(self._lost) + (_losses(message.crash) if message.crash else ())
-        self._lost.clear()
+        lost, self._lost = tuple(self._lost), []
         return REPLResult(
             stdout=text.get("stdout", ""),
             stderr=text.get("stderr", ""),
@@ -688,12 +699,6 @@ def _plain(text: str | None) -> Any:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _losses(crash: protocol.Crash) -> tuple[str, ...]:
-    if crash.state == "lost":
-        return ("every variable but the contexts",)
-    return tuple(name[:100] for name in crash.lost[:20])
 
 
 def _error(message: protocol.Result, traceback: str, overrun: float | None) -> CellError | None:

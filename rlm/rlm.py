@@ -119,9 +119,9 @@ class RLM:
 
         The context is a str, bytes, list, dict, or a Path (or several): files are read,
         a directory becomes a dict of its files. Without ``root_prompt`` the task is in the
-        context. With ``response_model``, a pydantic model or any type pydantic can check, the
-        final answer is data of that type, in ``parsed``; the model is told what is wrong with one
-        that is not. Raises RLMError; one that ended a run carries its partial answer, usage
+        context. With ``response_model``, a pydantic model, any type pydantic can check, or a JSON
+        schema, the final answer is data of that type, in ``parsed``; the model is told what is
+        wrong with one that is not. Raises RLMError; one that ended a run carries its partial answer, usage
         and trace. Ctrl-C stops the run, cleans up, and raises KeyboardInterrupt.
 
         With ``persistent=True`` all completions of this RLM are one conversation: see `session`.

@@ -1,15 +1,15 @@
 """What data has to look like: told to a model, and checked when it comes.
 
-A schema is a type of the host's, or a JSON schema, which may come out of a sandbox. Of such a one
-nothing is trusted: it refers to nothing but itself, its patterns are matched in linear time, and
-what it makes the host do is counted. Formats are told to the model, and not checked.
+A schema is a type of the host's, or a JSON schema. That may come out of a sandbox, and so may the
+data: what is done to bear them is in `rlm.validator`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import ConfigError, RLMError
@@ -21,6 +21,10 @@ class Schema(ABC):
 
     text: str
     """As a JSON schema, to be told to a model."""
+    longest: float = math.inf
+    """Characters of a text that is read."""
+    takes_all = False
+    """Whether it says nothing of what type data is: then JSON is not taken for the text that it is."""
 
     def parse(self, text: str, value: Any = None) -> tuple[Any, str | None]:
         """The data, and why it is not accepted, if it is not.
@@ -30,16 +34,25 @@ class Schema(ABC):
         """
         if value is not None:
             return self._check(value)
+        if len(text) > self.longest:
+            return None, f"the answer: it is longer than {self.longest:,} characters"
+        outcomes: list[tuple[Any, str | None]] = []
+        for reading, problem in self._readings(text):
+            outcomes.append((None, problem) if problem else self._check(reading))
+            if outcomes[-1][1] is None:
+                return outcomes[-1]
+        return outcomes[0]
+
+    def _readings(self, text: str) -> Iterator[tuple[Any, str | None]]:
+        """What a text may be meant to be, the likeliest first; or why it cannot be that."""
         bare = _bare(text)
         is_json, found = _json(bare)
-        outcomes = (self._check(item) for item in ([found] if is_json else []) + [text, bare])
-        first = next(outcomes)
-        if first[1] is None:
-            return first
-        accepted = next((outcome for outcome in outcomes if outcome[1] is None), None)
-        if accepted is None and not is_json and bare.startswith(("{", "[", '"')):
-            return None, f"the answer: it is not JSON: {found}"
-        return accepted or first
+        looks_like_json = is_json or bare.startswith(("{", "[", '"'))
+        if looks_like_json:
+            yield found, None if is_json else f"the answer: it is not JSON: {found}"
+        if not (self.takes_all and looks_like_json):
+            yield text, None
+            yield bare, None
 
     @abstractmethod
     def plain(self, parsed: Any) -> Any:
@@ -108,7 +121,7 @@ class _TypeSchema(Schema):
             return self._adapter.validate_json(json.dumps(value)), None
         except ValidationError as error:
             return None, listed((item["loc"], item["msg"]) for item in error.errors(include_url=False))
-        except (TypeError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             return None, f"the answer: it is no plain data: {clip(str(error))}"
         except Exception as error:  # a boundary: validators of a model are somebody else's code
             raise RLMError(f"checking an answer failed: {type(error).__name__}: {error}") from error
@@ -139,6 +152,8 @@ class _JSONSchema(Schema):
     def __init__(self, schema: dict[str, Any], steps: int) -> None:
         self._validator = Validator(schema, steps)
         self.text = self._validator.text
+        self.takes_all = self._validator.takes_all
+        self.longest = steps * 100  # to read them takes about as long
 
     def _check(self, value: Any) -> tuple[Any, str | None]:
         complaint = self._validator.complaint(value)

@@ -79,6 +79,9 @@ _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 PLAIN_LIMIT = 1 << 20
 """Bytes of JSON up to which the value of a last expression travels as data."""
 
+SETTLING = 0.002
+"""Seconds without a command after which the host has loaded what it wanted to: contexts, tools."""
+
 HEADROOM = 8 << 20
 """Bytes that must be free, under the memory limit, for a standby to be of use."""
 
@@ -501,8 +504,8 @@ class Supervisor:
             return
         except ConnectionError:
             data = b""
-        if not data:  # closed by the cell: nothing can be said to this executor any more
-            self._recover({"cause": CHANNEL_CLOSED, "code": 0})
+        if not data:  # nothing can be said to this executor any more
+            self._recover(self._why_silent())
             return
         decoder = self._from_executor
         decoder.feed(data)
@@ -642,6 +645,18 @@ class Supervisor:
                 self._recover(self._cause_of_death(status))
             elif pid == self._slot.pid:
                 self._slot.pid = 0
+
+    def _why_silent(self) -> dict[str, Any]:
+        """Why the executor's channel is closed: it is about to be dead, or a cell has closed it."""
+        for _ in range(20):
+            try:
+                pid, status = os.waitpid(self._executor, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid:
+                return self._cause_of_death(status)
+            time.sleep(0.002)
+        return {"cause": CHANNEL_CLOSED, "code": 0}
 
     def _cause_of_death(self, status: int) -> dict[str, Any]:
         if not os.WIFSIGNALED(status):
@@ -1021,9 +1036,9 @@ class Calls:
 
         self._uninterrupted(step)
 
-    def pending(self) -> bool:
-        """Whether something to read has arrived."""
-        return bool(self._commands or self._peek.poll(0))
+    def pending(self, seconds: float = 0.0) -> bool:
+        """Whether something to read has arrived, or does within this time."""
+        return bool(self._commands or self._peek.poll(1000 * seconds))
 
     def command(self) -> tuple[dict[str, Any], list[bytes], int]:
         """Between cells: the supervisor's next command, and a descriptor or -1."""
@@ -1424,8 +1439,10 @@ class Executor:
         self._namespace = Namespace(self._calls)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._in_cell = False
+        self._has_run = False
+        """Whether there is anything to lose: what has only been loaded the host can load again."""
         self._is_stale = False
-        """Whether the standby is older than the last cell, which has submitted an answer: the end, likely."""
+        """Whether the standby lacks what has been loaded since, or the last cell."""
         self._keep: Any = None
         self._loop: Any = None
         self._pid = os.getpid()
@@ -1434,21 +1451,27 @@ class Executor:
         """Serve the supervisor's commands until the session ends."""
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._calls.send({"t": "ready", "enforced": enforced, "missing": missing})
-        self._fork_standby()
+        is_settled = True
         while True:
-            message, blobs, descriptor = self._calls.command()
-            if self._is_stale and message["t"] != "room":
+            if not (is_settled or self._calls.pending(SETTLING)):
                 self._fork_standby()
+                is_settled = True
+            message, blobs, descriptor = self._calls.command()
             if message["t"] == "execute":
-                self._execute(message, blobs)
                 if self._is_stale:
-                    continue
+                    self._fork_standby()
+                is_settled = self._execute(message, blobs)
+                if not is_settled:
+                    self._fork_standby()
+                    is_settled = True
             elif message["t"] == "load":
                 self._load(message, blobs, descriptor)
+                self._is_stale = self._has_run
+                is_settled = not self._has_run
             elif message["t"] == "room":
                 while _reap(-1):
                     pass
-            self._fork_standby(ask_for_room=message["t"] != "room")
+                self._fork_standby(ask_for_room=False)
 
     def _on_interrupt(self, *_: object) -> None:
         if self._in_cell:
@@ -1530,14 +1553,17 @@ class Executor:
 
     # -- cells
 
-    def _execute(self, message: dict[str, Any], blobs: list[bytes]) -> None:
+    def _execute(self, message: dict[str, Any], blobs: list[bytes]) -> bool:
+        """Run a cell. Whether it has submitted an answer, so that there will hardly be another."""
+        self._has_run = True
         if message.get("keep"):
             header, parts = self._save_or_load(message["id"], message["keep"], blobs)
         else:
             header, parts = self._cell(message["id"], blobs[0].decode("utf-8", "surrogatepass"))
         header["parts"] = list(parts)
         self._calls.send(header, list(parts.values()))
-        self._is_stale = "final" in parts
+        self._is_stale = True
+        return "final" in parts
 
     def _cell(self, number: int, source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Run one cell and put its result together."""

@@ -124,6 +124,7 @@ class DockerREPL(WorkerEnv):
             # the walls are the container's; the filter adds what old engines let through
             "give_up": {"seccomp": True, "network": True, "landlock": {}},
             "scratch": SCRATCH,
+            "wipe": [SCRATCH, "/dev/shm"],  # what else can be written to is the user's own volumes
             "environ": {"HOME": SCRATCH, "TMPDIR": SCRATCH, "PWD": SCRATCH},
             "time_to_live": time_to_live,
         }
