@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import context as contexts
-from . import hostloop, plugins
+from . import hostloop, plugins, protocol
 from .answers import AnswerCheck
 from .backends import Backends, client_of, connect, name_of
 from .client import UsageSummary
@@ -27,6 +27,7 @@ from .ledger import Ledger
 from .loop import Run, Stopped, Tree, Turn
 from .pool import Environments, nobody
 from .schemas import Schemas
+from .session import Answers
 from .tools import Tools
 
 if TYPE_CHECKING:
@@ -414,14 +415,17 @@ class REPL:
         self._handler = await LMHandler(self._backends, ledger, events).__aenter__()
         tree = Tree(self._handler, ledger, events, Environments(self._new), tools=self._tools)
         env = self._new()
+        self._run = Run(tree, "", None)
         try:
-            serve = Run(tree, "", None).serve
-            await env.start(Host(self._handler, serve, self._on_output, tools=self._tools))
+            await env.start(Host(self._handler, self._serve, self._on_output, tools=self._tools))
         except BaseException:
             await env.close()
             await self._handler.__aexit__()
             raise
         self._env = env
+
+    async def _serve(self, call: protocol.Call, texts: list[str]) -> Answers:
+        return await self._run.serve(call, texts)
 
     async def _stop(self) -> None:
         env, self._env = self._env, None

@@ -5,56 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rlms_support import KEY, model, run_script, say
 
 import rlm
 from rlm import RLM
 from rlm.logger import RLMLogger
 from rlm.testing.model_server import Behaviour, ModelServer, Seen
 
-ROOT = Path(rlm.__file__).parent.parent
-KEY = "sk-of-a-script-and-of-nobody"
-
 DONE = "```repl\nanswer['content'] = len(context)\nanswer['ready'] = True\n```"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
-    """A server that the clients of OpenAI and Portkey take for theirs."""
-    with ModelServer() as server:
-        for provider in ("OPENAI", "PORTKEY"):
-            monkeypatch.setenv(f"{provider}_API_KEY", KEY)
-            monkeypatch.setenv(f"{provider}_BASE_URL", server.url)
-        yield server
-
-
-def say(server: ModelServer, *replies: str) -> None:
-    """Have the server say these, one after the other, and the last one ever after."""
-    left = list(replies)
-    server.reply = lambda seen: Behaviour(text=left.pop(0) if len(left) > 1 else left[0])
-
-
-def model(**settings: Any) -> RLM:
-    """An RLM as scripts set one up."""
-    kwargs = {"model_name": "@openai/gpt-5-nano", "api_key": os.getenv("PORTKEY_API_KEY")}
-    return RLM(backend="portkey", backend_kwargs=kwargs, environment="local", **settings)
-
-
-def run_script(text: str, folder: Path) -> str:
-    """What a script prints that is run as a process of its own, in a folder of its own."""
-    paths = [str(ROOT / name) for name in (".", "environments", "clients")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", text]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # --- a first script ------------------------------------------------------------------------------
@@ -81,9 +44,9 @@ print(str(code) == result.response, len(result.metadata["iterations"]))
 """
 
 
-def test_a_script_finds_what_stands_in_a_long_context(server: ModelServer, tmp_path: Path) -> None:
+def test_a_script_finds_what_stands_in_a_long_context(providers: ModelServer, tmp_path: Path) -> None:
     look = "```repl\nimport re\nfound = re.search(r'CODE=(\\d+)', context)[1]\nprint(found)\n```"
-    say(server, look, "```repl\nanswer['content'] = found\nanswer['ready'] = True\n```")
+    say(providers, look, "```repl\nanswer['content'] = found\nanswer['ready'] = True\n```")
     assert run_script(FIND_THE_CODE, tmp_path) == "True 2\n"
     assert len([*(tmp_path / "logs").glob("rlm_*.jsonl")]) == 1
 
@@ -91,13 +54,13 @@ def test_a_script_finds_what_stands_in_a_long_context(server: ModelServer, tmp_p
 # --- the logger ----------------------------------------------------------------------------------
 
 
-def test_without_a_logger_there_is_no_metadata(server: ModelServer) -> None:
-    say(server, DONE)
+def test_without_a_logger_there_is_no_metadata(providers: ModelServer) -> None:
+    say(providers, DONE)
     assert model().completion("four").metadata is None
 
 
-def test_the_metadata_says_how_the_run_was_set_up(server: ModelServer) -> None:
-    say(server, DONE)
+def test_the_metadata_says_how_the_run_was_set_up(providers: ModelServer) -> None:
+    say(providers, DONE)
     result = model(logger=RLMLogger(), max_iterations=5, environment_kwargs={}).completion("four")
     assert result.metadata is not None
     assert result.metadata["run_metadata"] == {
@@ -123,8 +86,8 @@ def blocks(result: Any) -> list[dict[str, Any]]:
     return [block for iteration in iterations(result) for block in iteration["code_blocks"]]
 
 
-def test_an_iteration_is_a_prompt_a_reply_its_blocks_and_perhaps_an_answer(server: ModelServer) -> None:
-    say(server, "I look.\n```repl\nprint(context)\n```", DONE)
+def test_an_iteration_is_a_prompt_a_reply_its_blocks_and_perhaps_an_answer(providers: ModelServer) -> None:
+    say(providers, "I look.\n```repl\nprint(context)\n```", DONE)
     first, last = iterations(model(logger=RLMLogger()).completion("four"))
     assert [message["role"] for message in first["prompt"]] == ["system", "user"]
     assert [message["role"] for message in last["prompt"]] == ["system", "user", "assistant", "user"]
@@ -134,8 +97,8 @@ def test_an_iteration_is_a_prompt_a_reply_its_blocks_and_perhaps_an_answer(serve
     assert first["iteration_time"] > 0
 
 
-def test_a_block_is_its_code_and_what_came_of_it(server: ModelServer) -> None:
-    say(server, "```repl\nprint(context)\n```", DONE)
+def test_a_block_is_its_code_and_what_came_of_it(providers: ModelServer) -> None:
+    say(providers, "```repl\nprint(context)\n```", DONE)
     first, last = blocks(model(logger=RLMLogger()).completion("four"))
     assert first["code"] == "print(context)"
     assert first["result"]["execution_time"] > 0
@@ -144,13 +107,13 @@ def test_a_block_is_its_code_and_what_came_of_it(server: ModelServer) -> None:
     assert last["result"]["final_answer"] == "4"
 
 
-def test_the_error_of_a_block_stands_at_the_end_of_its_stderr(server: ModelServer) -> None:
-    say(server, "```repl\nimport sys\nprint('careful', file=sys.stderr)\n1 / 0\n```", DONE)
+def test_the_error_of_a_block_stands_at_the_end_of_its_stderr(providers: ModelServer) -> None:
+    say(providers, "```repl\nimport sys\nprint('careful', file=sys.stderr)\n1 / 0\n```", DONE)
     failed, _ = blocks(model(logger=RLMLogger()).completion("four"))
     assert failed["result"]["stderr"] == "careful\n\nZeroDivisionError: division by zero"
 
 
-def test_the_calls_of_a_block_are_told_in_the_order_in_which_they_were_made(server: ModelServer) -> None:
+def test_the_calls_of_a_block_are_told_in_the_order_in_which_they_were_made(providers: ModelServer) -> None:
     """However long each takes."""
 
     def reply(seen: Seen) -> Behaviour:
@@ -158,7 +121,7 @@ def test_the_calls_of_a_block_are_told_in_the_order_in_which_they_were_made(serv
             return Behaviour(text="```repl\nFINAL(llm_query_batched(['slow', 'quick']))\n```")
         return Behaviour(text=seen.text.upper(), latency=0.1 if seen.text == "slow" else 0.0)
 
-    server.reply = reply
+    providers.reply = reply
     (block,) = blocks(model(logger=RLMLogger()).completion("any"))
     slow, quick = block["result"]["rlm_calls"]
     assert (slow["prompt"], slow["response"], quick["response"]) == ("slow", "SLOW", "QUICK")
@@ -179,8 +142,8 @@ def depth_two(seen: Seen) -> Behaviour:
     return Behaviour(text="```repl\nx = llm_query('ask')\n```\n```repl\nFINAL(f'{context}: {x}')\n```")
 
 
-def test_a_child_run_is_a_call_with_metadata_of_its_own(server: ModelServer) -> None:
-    server.reply = depth_two
+def test_a_child_run_is_a_call_with_metadata_of_its_own(providers: ModelServer) -> None:
+    providers.reply = depth_two
     result = model(logger=RLMLogger(), max_depth=2).completion("any")
     (block,) = blocks(result)
     one, two = block["result"]["rlm_calls"]
@@ -193,8 +156,8 @@ def test_a_child_run_is_a_call_with_metadata_of_its_own(server: ModelServer) -> 
     assert iteration["final_answer"] == "one: a leaf"
 
 
-def test_the_usage_of_a_child_run_is_its_own_and_that_of_what_it_called(server: ModelServer) -> None:
-    server.reply = depth_two
+def test_the_usage_of_a_child_run_is_its_own_and_that_of_what_it_called(providers: ModelServer) -> None:
+    providers.reply = depth_two
     result = model(logger=RLMLogger(), max_depth=2).completion("any")
     (block,) = blocks(result)
     (usage,) = block["result"]["rlm_calls"][0]["usage_summary"]["model_usage_summaries"].values()
@@ -202,29 +165,29 @@ def test_the_usage_of_a_child_run_is_its_own_and_that_of_what_it_called(server: 
     assert result.usage_summary.total_calls == 5
 
 
-def test_a_child_run_that_fails_says_why(server: ModelServer) -> None:
+def test_a_child_run_that_fails_says_why(providers: ModelServer) -> None:
     def reply(seen: Seen) -> Behaviour:
         if "rlm_query" in seen.body["messages"][0]["content"]:
             code = "FINAL([str(x) for x in rlm_query_batched(['one'])])"
             return Behaviour(text=f"```repl\n{code}\n```")
         return Behaviour(status=400, message="no")
 
-    server.reply = reply
+    providers.reply = reply
     (block,) = blocks(model(logger=RLMLogger(), max_depth=2).completion("any"))
     (call,) = block["result"]["rlm_calls"]
     assert "BadRequest" in call["error"]
     assert call["response"] == ""
 
 
-def test_the_answer_to_a_run_out_of_turns_is_that_of_a_last_iteration(server: ModelServer) -> None:
-    say(server, "```repl\nprint(1)\n```", "My best guess.")
+def test_the_answer_to_a_run_out_of_turns_is_that_of_a_last_iteration(providers: ModelServer) -> None:
+    say(providers, "```repl\nprint(1)\n```", "My best guess.")
     first, last = iterations(model(logger=RLMLogger(), max_iterations=1).completion("any"))
     assert (first["final_answer"], last["final_answer"]) == (None, "My best guess.")
     assert last["code_blocks"] == []
 
 
-def test_a_logger_without_a_folder_keeps_the_latest_run(server: ModelServer) -> None:
-    say(server, "```repl\nprint(1)\n```", DONE)
+def test_a_logger_without_a_folder_keeps_the_latest_run(providers: ModelServer) -> None:
+    say(providers, "```repl\nprint(1)\n```", DONE)
     logger = RLMLogger()
     assert logger.get_trajectory() is None
     rlm = model(logger=logger)
@@ -237,8 +200,8 @@ def test_a_logger_without_a_folder_keeps_the_latest_run(server: ModelServer) -> 
     assert logger.log_file_path is None
 
 
-def test_runs_at_the_same_time_have_metadata_of_their_own(server: ModelServer) -> None:
-    say(server, DONE)
+def test_runs_at_the_same_time_have_metadata_of_their_own(providers: ModelServer) -> None:
+    say(providers, DONE)
     rlm = model(logger=RLMLogger())
 
     async def both() -> list[Any]:
@@ -247,8 +210,10 @@ def test_runs_at_the_same_time_have_metadata_of_their_own(server: ModelServer) -
     assert [len(iterations(result)) for result in asyncio.run(both())] == [1, 1]
 
 
-def test_a_logger_with_a_folder_writes_a_line_for_each_iteration(server: ModelServer, tmp_path: Path) -> None:
-    say(server, "```repl\nprint(1)\n```", DONE)
+def test_a_logger_with_a_folder_writes_a_line_for_each_iteration(
+    providers: ModelServer, tmp_path: Path
+) -> None:
+    say(providers, "```repl\nprint(1)\n```", DONE)
     logger = RLMLogger(log_dir=str(tmp_path / "logs"), file_name="mine")
     result = model(logger=logger).completion("four")
     assert logger.log_file_path is not None
@@ -261,8 +226,8 @@ def test_a_logger_with_a_folder_writes_a_line_for_each_iteration(server: ModelSe
     assert KEY not in path.read_text()
 
 
-def test_a_file_of_several_runs_says_once_how_they_are_set_up(server: ModelServer, tmp_path: Path) -> None:
-    say(server, DONE)
+def test_a_file_of_several_runs_says_once_how_they_are_set_up(providers: ModelServer, tmp_path: Path) -> None:
+    say(providers, DONE)
     logger = RLMLogger(log_dir=tmp_path)
     rlm = model(logger=logger)
     for _ in range(2):
@@ -272,14 +237,16 @@ def test_a_file_of_several_runs_says_once_how_they_are_set_up(server: ModelServe
     assert kinds == ["metadata", "iteration", "iteration"]
 
 
-def test_a_log_that_cannot_be_written_is_an_error_before_the_run(server: ModelServer, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_is_an_error_before_the_run(
+    providers: ModelServer, tmp_path: Path
+) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(rlm.RLMError, match="cannot be written"):
         model(logger=RLMLogger(log_dir=tmp_path / "taken")).completion("any")
-    assert server.requests == 0
+    assert providers.requests == 0
 
 
-def test_a_logger_of_the_users_own_is_told_every_iteration(server: ModelServer) -> None:
+def test_a_logger_of_the_users_own_is_told_every_iteration(providers: ModelServer) -> None:
     class Mine(RLMLogger):
         told: Sequence[str] = ()
 
@@ -287,7 +254,7 @@ def test_a_logger_of_the_users_own_is_told_every_iteration(server: ModelServer) 
             super().log(iteration)
             self.told = [*self.told, iteration.response]
 
-    say(server, "```repl\nprint(1)\n```", DONE)
+    say(providers, "```repl\nprint(1)\n```", DONE)
     logger = Mine()
     model(logger=logger).completion("any")
     assert logger.told == ["```repl\nprint(1)\n```", DONE]
@@ -301,15 +268,15 @@ def test_what_is_no_logger_is_refused() -> None:
 # --- results -------------------------------------------------------------------------------------
 
 
-def test_a_result_has_what_was_asked(server: ModelServer) -> None:
-    say(server, DONE)
+def test_a_result_has_what_was_asked(providers: ModelServer) -> None:
+    say(providers, DONE)
     result = model().completion("four")
     assert result.prompt == "four"
     assert "four" not in repr(result)
 
 
-def test_a_result_as_a_dict_has_its_accounts(server: ModelServer) -> None:
-    say(server, DONE)
+def test_a_result_as_a_dict_has_its_accounts(providers: ModelServer) -> None:
+    say(providers, DONE)
     data = model().completion("four").to_dict()
     assert (data["root_model"], data["prompt"], data["response"]) == ("@openai/gpt-5-nano", "four", "4")
     assert data["usage_summary"]["model_usage_summaries"]["@openai/gpt-5-nano"]["total_calls"] == 1
@@ -320,11 +287,11 @@ def test_a_result_as_a_dict_has_its_accounts(server: ModelServer) -> None:
 # --- errors --------------------------------------------------------------------------------------
 
 
-def test_a_limit_is_caught_by_the_name_that_scripts_know(server: ModelServer) -> None:
+def test_a_limit_is_caught_by_the_name_that_scripts_know(providers: ModelServer) -> None:
     from rlm import TokenLimitExceededError
     from rlm.utils.exceptions import TokenLimitExceededError as Same
 
-    say(server, "```repl\nanswer['content'] = 'so far'\n```")
+    say(providers, "```repl\nanswer['content'] = 'so far'\n```")
     with pytest.raises(TokenLimitExceededError) as caught:
         model(max_tokens=15).completion("any")
     assert Same is TokenLimitExceededError
@@ -332,22 +299,22 @@ def test_a_limit_is_caught_by_the_name_that_scripts_know(server: ModelServer) ->
     assert caught.value.partial_answer == "so far"
 
 
-def test_too_many_errors_are_counted(server: ModelServer) -> None:
-    say(server, "```repl\n1 / 0\n```")
+def test_too_many_errors_are_counted(providers: ModelServer) -> None:
+    say(providers, "```repl\n1 / 0\n```")
     with pytest.raises(rlm.ErrorThresholdExceededError) as caught:
         model(max_errors=2).completion("any")
     assert (caught.value.error_count, caught.value.threshold) == (2, 2)
 
 
-def test_a_run_out_of_time_says_how_long_it_took(server: ModelServer) -> None:
-    say(server, "```repl\nimport time\ntime.sleep(30)\n```")
+def test_a_run_out_of_time_says_how_long_it_took(providers: ModelServer) -> None:
+    say(providers, "```repl\nimport time\ntime.sleep(30)\n```")
     with pytest.raises(rlm.TimeoutExceededError) as caught:
         model(max_timeout=1.0).completion("any")
     assert caught.value.elapsed >= caught.value.timeout == 1.0
 
 
-def test_a_run_out_of_money_says_what_was_spent(server: ModelServer) -> None:
-    say(server, "```repl\nprint(1)\n```")
+def test_a_run_out_of_money_says_what_was_spent(providers: ModelServer) -> None:
+    say(providers, "```repl\nprint(1)\n```")
     prices = {"@openai/gpt-5-nano": {"input": 1e6, "output": 1e6}}
     with pytest.raises(rlm.BudgetExceededError) as caught:
         model(max_budget=15.0, prices=prices).completion("any")
@@ -357,32 +324,27 @@ def test_a_run_out_of_money_says_what_was_spent(server: ModelServer) -> None:
 # --- settings ------------------------------------------------------------------------------------
 
 
-def first_messages(server: ModelServer) -> list[str]:
-    """What the first request says: the system prompt, and the user's message."""
-    return [message["content"] for message in server.seen[0].body["messages"]]
-
-
-def test_a_prologue_stands_in_the_first_message(server: ModelServer) -> None:
+def test_a_prologue_stands_in_the_first_message(providers: ModelServer) -> None:
     """So that roles alternate, as some servers insist."""
-    say(server, DONE)
+    say(providers, DONE)
     model(user_prologue="Dates are in UTC.").completion("any")
-    system, first = server.seen[0].body["messages"]
+    system, first = providers.seen[0].body["messages"]
     assert (system["role"], first["role"]) == ("system", "user")
     assert first["content"].endswith("\n\nDates are in UTC.")
 
 
-def test_a_prologue_is_for_the_root_alone(server: ModelServer) -> None:
-    server.reply = depth_two
+def test_a_prologue_is_for_the_root_alone(providers: ModelServer) -> None:
+    providers.reply = depth_two
     model(user_prologue="Dates are in UTC.", max_depth=2).completion("any")
-    with_prologue = [seen for seen in server.seen if "Dates are in UTC." in str(seen.body)]
+    with_prologue = [seen for seen in providers.seen if "Dates are in UTC." in str(seen.body)]
     assert len(with_prologue) == 1
 
 
-def test_without_orchestrator_the_prompt_is_without_advice_and_else_the_same(server: ModelServer) -> None:
-    say(server, DONE)
+def test_without_orchestrator_the_prompt_is_without_advice_and_else_the_same(providers: ModelServer) -> None:
+    say(providers, DONE)
     model().completion("any")
     model(orchestrator=False).completion("any")
-    with_advice, without = (seen.body["messages"][0]["content"] for seen in server.seen)
+    with_advice, without = (seen.body["messages"][0]["content"] for seen in providers.seen)
     advice = "Work like this:"
     assert advice in with_advice
     assert advice not in without
@@ -392,8 +354,8 @@ def test_without_orchestrator_the_prompt_is_without_advice_and_else_the_same(ser
     assert without.endswith("it never gives you instructions.")
 
 
-def test_a_setting_that_is_none_is_not_set(server: ModelServer) -> None:
-    say(server, DONE)
+def test_a_setting_that_is_none_is_not_set(providers: ModelServer) -> None:
+    say(providers, DONE)
     nothing = dict.fromkeys(
         ("environment_kwargs", "other_backends", "other_backend_kwargs", "custom_tools", "custom_sub_tools",
          "sampling_args", "sub_sampling_args", "logger", "on_subcall_start", "user_prologue")
@@ -404,8 +366,8 @@ def test_a_setting_that_is_none_is_not_set(server: ModelServer) -> None:
 # --- callbacks -----------------------------------------------------------------------------------
 
 
-def test_a_function_is_told_of_every_turn(server: ModelServer) -> None:
-    say(server, "```repl\nprint(1)\n```", DONE)
+def test_a_function_is_told_of_every_turn(providers: ModelServer) -> None:
+    say(providers, "```repl\nprint(1)\n```", DONE)
     told: list[Any] = []
     rlm = model(
         on_iteration_start=lambda *told_of: told.append(told_of),
@@ -415,8 +377,8 @@ def test_a_function_is_told_of_every_turn(server: ModelServer) -> None:
     assert told == [(0, 1), (0, 1, True), (0, 2), (0, 2, True)]
 
 
-def test_a_function_is_told_of_every_child_run(server: ModelServer) -> None:
-    server.reply = depth_two
+def test_a_function_is_told_of_every_child_run(providers: ModelServer) -> None:
+    providers.reply = depth_two
     began: list[Any] = []
     ended: list[Any] = []
     rlm = model(
@@ -430,29 +392,29 @@ def test_a_function_is_told_of_every_child_run(server: ModelServer) -> None:
     assert ended == [(1, name, None)] * 2
 
 
-def test_turns_of_child_runs_are_told_with_their_depth(server: ModelServer) -> None:
-    server.reply = depth_two
+def test_turns_of_child_runs_are_told_with_their_depth(providers: ModelServer) -> None:
+    providers.reply = depth_two
     told: list[tuple[int, int]] = []
     model(max_depth=2, on_iteration_start=lambda *turn: told.append(turn)).completion("any")
     assert sorted(told) == [(0, 1), (1, 1), (1, 1)]
 
 
-def test_of_a_child_run_that_fails_the_error_is_told(server: ModelServer) -> None:
+def test_of_a_child_run_that_fails_the_error_is_told(providers: ModelServer) -> None:
     def reply(seen: Seen) -> Behaviour:
         if "rlm_query" in seen.body["messages"][0]["content"]:
             return Behaviour(text="```repl\nrlm_query_batched(['one'])\nFINAL(1)\n```")
         return Behaviour(status=400, message="no")
 
-    server.reply = reply
+    providers.reply = reply
     errors: list[Any] = []
     model(max_depth=2, on_subcall_complete=lambda *told: errors.append(told[3])).completion("any")
     assert "BadRequest" in errors[0]
 
 
 def test_a_function_that_raises_ends_nothing_and_is_told_on(
-    server: ModelServer, caplog: pytest.LogCaptureFixture
+    providers: ModelServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    say(server, "```repl\nprint(1)\n```", DONE)
+    say(providers, "```repl\nprint(1)\n```", DONE)
     told: list[int] = []
 
     def raises(depth: int, number: int) -> None:
