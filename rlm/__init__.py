@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .client import Usage as Usage
     from .client import UsageSummary as UsageSummary
     from .config import Config as Config
+    from .conversation import Conversation as Conversation
     from .environment import BaseEnv as BaseEnv
     from .environment import CellError as CellError
     from .environment import Isolation as Isolation
@@ -50,6 +51,7 @@ _HOME = {
     "CancellationError": "errors",
     "CellError": "environment",
     "Config": "config",
+    "Conversation": "conversation",
     "ErrorThresholdExceededError": "errors",
     "Isolation": "environment",
     "LMHandler": "handler",

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from .compaction import asks_for_summary
 from .events import AnyEvent, ModelRequested, RunFinished, RunStarted
 
 log = logging.getLogger("rlm")
@@ -54,6 +55,8 @@ class Callbacks:
             self._end(self._runs.pop(event.run), event)
 
     def _turn(self, run: _Progress, event: ModelRequested) -> None:
+        if asks_for_summary(event.messages):
+            return
         self._complete(run, event.at)
         if run.turn == 0 and run.depth > 0:
             run.model = event.model

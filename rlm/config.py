@@ -10,18 +10,20 @@ import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from . import secrets
-from .callbacks import Callbacks
 from .client import Price
 from .errors import ConfigError
 from .gate import Policy
 from .limits import Limits
 from .pace import RateLimit
+
+if TYPE_CHECKING:
+    from .callbacks import Callbacks
 
 _POLICY = Policy()
 
@@ -85,6 +87,14 @@ class Config(Limits):
     snapshots: bool = Field(
         True,
         description="Save a session's variables after each completion, in case that its sandbox is lost.",
+    )
+    compaction: bool = Field(
+        False,
+        description="When a conversation comes near to what its model reads, go on from a summary; "
+        "all of it stands in the sandbox as `history`.",
+    )
+    compaction_threshold_pct: float = Field(
+        0.85, gt=0, le=1, description="How near: the part of the model's context window."
     )
     pool: int = Field(
         0, ge=0, description="Environments kept ready between completions, for runs and child runs."
@@ -168,6 +178,8 @@ class Config(Limits):
 
     def callbacks(self) -> Callbacks:
         """The functions among these settings that are told of turns and child runs."""
+        from .callbacks import Callbacks
+
         return Callbacks(
             self.on_iteration_start,
             self.on_iteration_complete,

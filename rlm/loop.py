@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol, cast
 
@@ -21,9 +21,11 @@ from . import context as contexts
 from . import prompts, protocol
 from .answers import AnswerCheck
 from .client import Message, Reply
+from .compaction import Compaction, SupportsPut, Threshold, shared
 from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import (
     BadRequest,
+    Cancelled,
     ConfigError,
     ErrorThresholdExceeded,
     InvalidReply,
@@ -38,6 +40,7 @@ from .events import (
     CellFinished,
     CellOutput,
     CellStarted,
+    Compacted,
     EventBus,
     LimitReached,
     Restored,
@@ -70,7 +73,7 @@ class Outcome:
     """The answer as the type that was asked for."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Tree:
     """What all runs of one completion share."""
 
@@ -93,10 +96,34 @@ class Tree:
     schemas: Schemas = dataclasses.field(default_factory=Schemas)
     """What cells may ask for by name."""
     schema_retries: int = 0
+    compaction: Threshold | None = None
+    """When conversations are summed up; None is never."""
     numbers: Any = dataclasses.field(default_factory=lambda: itertools.count(1))
 
     def __post_init__(self) -> None:
         self.slots = Slots(self.width)
+        self._task: asyncio.Task[Any] | None = None
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """End the whole tree with `Cancelled`."""
+        if self._task is not None:
+            self._is_cancelled = True
+            self._task.cancel()
+
+    @contextlib.asynccontextmanager
+    async def cancellable(self) -> AsyncIterator[None]:
+        """Around the root's run: what `cancel` ends is an error of ours, with all that such a one carries."""
+        self._task = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._is_cancelled or self._task is None:
+                raise
+            self._task.uncancel()
+            raise Cancelled("the run was cancelled") from None
+        finally:
+            self._task = None
 
     def next_run_id(self) -> str:
         """A name for a run, unique in its tree."""
@@ -149,7 +176,8 @@ class Run:
         self._tools = tree.sub_tools if depth else tree.tools
         self._slot = Slot(tree.slots, depth)
         self._messages: list[Message] = []
-        self._sent = 0
+        self._sent: list[Message] = []
+        self._compaction = Compaction() if tree.compaction is not None else None
         self._iteration = 0
         self._cells = 0
         self._failed_turns = 0
@@ -188,8 +216,9 @@ class Run:
     async def _within_time(self) -> Outcome:
         """The whole run under the tree's wall time. Children are inside their parent's."""
         seconds = self._tree.ledger.seconds_left() if self._depth == 0 else None
+        guard = self._tree.cancellable() if self._depth == 0 else contextlib.nullcontext()
         try:
-            async with asyncio.timeout(seconds) as scope:
+            async with guard, asyncio.timeout(seconds) as scope:
                 if self._tree.ledger.limits.max_depth == 0:
                     return await self._plain()
                 async with self._slot, contextlib.AsyncExitStack() as stack:
@@ -218,6 +247,8 @@ class Run:
             self._env = await self._turn.enter(host, self._tree.environments, self._context)
             if self._turn.reason is not None:
                 self._emit(Restored, reason=self._turn.reason, lost=self._turn.lost)
+        if self._compaction is not None:
+            await self._compaction.begin(self._env)
         isolation = self._env.isolation
         self._emit(
             SandboxStarted, environment=self._tree.environment_name, level=isolation.level,
@@ -230,6 +261,7 @@ class Run:
         self._messages = self._opening()
         for self._iteration in range(1, limits.max_iterations + 1):
             try:
+                await self._compact()
                 reply = await self._ask()
             except LimitExceeded as error:
                 if limits.on_limit == "raise" or self._depth > 0:
@@ -279,6 +311,8 @@ class Run:
         parts = []
         if self._can_recurse:
             parts.append(prompts.text("recursion"))
+        if self._compaction is not None and isinstance(self._env, SupportsPut):
+            parts.append(prompts.text("history"))
         if names := self._tree.schemas.names:
             parts.append(prompts.fill("schemas", names=", ".join(f"`{name}`" for name in names)))
         if self._tools:
@@ -298,15 +332,39 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, str]]:
-        """The messages of this run so far, role and content of each."""
-        return [{"role": message.role, "content": message.content} for message in self._messages]
+        """The messages of this run so far, role and content of each; summaries of them are marked."""
+        return (self._compaction or Compaction()).history(self._messages)
 
-    async def _ask(self) -> Reply:
-        """The model's next reply. The previous request is a prefix of this one, to the byte."""
-        prefix, self._sent = self._sent, len(self._messages)
-        return await self._tree.handler.complete(
-            self._messages, self._caller("root"), model=self._model, prefix=prefix
+    async def _ask(self, messages: list[Message] | None = None) -> Reply:
+        """The model's next reply. The previous request is a prefix of this one, to the byte.
+
+        Only where the conversation has been summed up, or its last message added to, it is not all of it.
+        """
+        messages = list(messages or self._messages)
+        reply = await self._tree.handler.complete(
+            messages, self._caller("root"), model=self._model, prefix=shared(self._sent, messages)
         )
+        self._sent = messages
+        if self._compaction is not None:
+            self._compaction.learn(messages, reply.usage)
+        return reply
+
+    async def _compact(self) -> None:
+        """Sum the conversation up, when the next request comes near to what its model reads."""
+        threshold, compaction, before = self._tree.compaction, self._compaction, self._messages
+        if threshold is None or compaction is None:
+            return
+        assert self._env is not None
+        limit, warning = threshold.tokens(self._tree.handler.models.choose(self._model, sub=self._depth > 0))
+        if warning is not None:
+            self._emit(Warned, message=warning)
+        left = self._tree.ledger.limits.max_iterations - self._iteration + 1
+        self._messages = await compaction.compact(before, limit, self._ask, self._env, left)
+        if self._messages is not before:
+            self._emit(
+                Compacted, number=compaction.number, before=compaction.tokens(before),
+                after=compaction.tokens(self._messages),
+            )  # fmt: skip
 
     def _caller(self, kind: Literal["root", "sub"]) -> Caller:
         return Caller(self._id, self._parent, self._depth, kind)
@@ -475,7 +533,8 @@ class Run:
         complaint: str | None = None
         for _ in range(self._tree.schema_retries + 1):
             text = (await self._call_model(messages, model, schema)).text
-            value, complaint = schema.parse(text)
+            # a hostile schema takes a while, and holds up no other run
+            value, complaint = await asyncio.to_thread(schema.parse, text)
             if complaint is None:
                 return json.dumps(schema.plain(value))
             again = prompts.fill("schema_again", reason=complaint)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from . import hostloop, plugins, protocol
 from .answers import AnswerCheck
 from .backends import Backends, client_of, connect, name_of
 from .client import UsageSummary
+from .compaction import Threshold
 from .environment import BaseEnv, Host, Isolation, REPLResult, SupportsPersistence
 from .errors import ConfigError
 from .events import AnyEvent, EventBus, JSONLWriter, Subscriber, Trace
@@ -98,6 +99,7 @@ class RLM:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._environments: Environments | None = None
         self._conversation: Conversation | None = None
+        self._trees: set[Tree] = set()
         self._tools = Tools.parse(self.config.custom_tools)
         sub_tools = self.config.custom_sub_tools
         self._sub_tools = self._tools if sub_tools is None else Tools.parse(sub_tools)
@@ -127,18 +129,13 @@ class RLM:
 
         With ``persistent=True`` all completions of this RLM are one conversation: see `session`.
         """
-        if self.config.persistent:
-            return self._own_session().completion(prompt, root_prompt, response_model=response_model)
-        return hostloop.run(self._complete(prompt, root_prompt, [], response_model))
+        return hostloop.run(self._begin(prompt, root_prompt, [], response_model))
 
     async def acompletion(
         self, prompt: Any, root_prompt: str | None = None, *, response_model: Any = None
     ) -> RLMChatCompletion:
         """`completion`, awaited. Cancelling it stops the run and cleans up."""
-        if self.config.persistent:
-            session = self._own_session()
-            return await session.acompletion(prompt, root_prompt, response_model=response_model)
-        return await hostloop.delegate(self._complete(prompt, root_prompt, [], response_model))
+        return await hostloop.delegate(self._begin(prompt, root_prompt, [], response_model))
 
     async def astream(self, prompt: Any, root_prompt: str | None = None) -> AsyncIterator[AnyEvent]:
         """The events of a completion as they happen; the last is the root's RunFinished.
@@ -151,7 +148,7 @@ class RLM:
         def put(event: AnyEvent | None) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        task = asyncio.ensure_future(hostloop.delegate(self._complete(prompt, root_prompt, [put])))
+        task = asyncio.ensure_future(hostloop.delegate(self._begin(prompt, root_prompt, [put])))
         task.add_done_callback(lambda _: put(None))
         try:
             while (event := await queue.get()) is not None:
@@ -161,6 +158,17 @@ class RLM:
             if not task.done():
                 task.cancel()
                 await asyncio.wait([task])
+
+    def cancel(self) -> None:
+        """End the completions of this RLM that are under way, from any thread.
+
+        Whoever waits for one gets `errors.Cancelled`, which carries the partial answer, usage and trace.
+        """
+        hostloop.loop().call_soon_threadsafe(self._cancel_all)
+
+    def _cancel_all(self) -> None:
+        for tree in tuple(self._trees):
+            tree.cancel()
 
     # -- sessions
 
@@ -224,7 +232,15 @@ class RLM:
 
     # -- on the core's loop
 
-    async def _complete(
+    def _begin(
+        self, prompt: Any, root_prompt: str | None, subscribers: list[Subscriber], response_model: Any = None
+    ) -> Coroutine[Any, Any, RLMChatCompletion]:
+        """A completion by itself, or the next one of this RLM's own session."""
+        if self.config.persistent:
+            return self._own_session().complete(prompt, root_prompt, subscribers, response_model)
+        return self.complete(prompt, root_prompt, subscribers, response_model)
+
+    async def complete(
         self,
         prompt: Any,
         root_prompt: str | None,
@@ -232,6 +248,7 @@ class RLM:
         response_model: Any = None,
         turn: Turn | None = None,
     ) -> RLMChatCompletion:
+        """A completion, perhaps as a ``turn`` of a conversation; ``subscribers`` are told its events."""
         config = self.config
         if root_prompt is not None and not isinstance(root_prompt, str):
             raise ConfigError(f"root_prompt is the question, a str, not {type(root_prompt).__name__}")
@@ -308,9 +325,14 @@ class RLM:
                 sub_tools=self._sub_tools,
                 schemas=self._schemas,
                 schema_retries=config.schema_retries,
+                compaction=Threshold(config.compaction_threshold_pct) if config.compaction else None,
             )
             run = Run(tree, context, question, notes=notes, check=check, turn=turn)
-            outcome = await run.run()
+            self._trees.add(tree)
+            try:
+                outcome = await run.run()
+            finally:
+                self._trees.discard(tree)
         return RLMChatCompletion(
             prompt=context,
             response=outcome.response,

@@ -63,6 +63,9 @@ FORWARD_TIMEOUT = 5.0
 READY_TIMEOUT = 5.0
 """Seconds a standby, or a new executor, has to report before another takes its place."""
 
+VACANCY = 0.05
+"""Seconds that a session without an executor waits for its next run: one may come at once, or none."""
+
 CROWD = 8
 """Processes that must still be possible, in a container, for an interrupt to make sense: it
 reaches one process, and a bomb is hundreds."""
@@ -256,7 +259,11 @@ class Supervisor:
         self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
         self._memory_kills = _out_of_memory_kills()
         self._incoming: Incoming | None = None
-        self._resetting: int | None = None
+        self._vacant_until: float | None = None
+        """When an executor is to be started at the latest: there is none, after a reset."""
+        folders = filter(None, options.get("wipe") or [options.get("scratch")])
+        self._folders = {path: os.stat(path).st_mode & 0o7777 for path in folders if os.path.isdir(path)}
+        """All that cells can write to, for whoever begins anew, with the modes they had."""
 
     def run(self) -> NoReturn:
         """Serve until the host closes the stream, then leave nothing behind."""
@@ -328,15 +335,18 @@ class Supervisor:
 
     def _turn(self) -> None:
         self._watch(self._host)
-        channel = self._channel.fileno()
-        interest = select.POLLIN if self._host.size < BACKLOG_LIMIT else 0
-        if self._to_executor.size:
-            interest |= select.POLLOUT
-        self._poll.modify(channel, interest)
+        channel = self._channel.fileno()  # -1 while there is no executor
+        if self._vacant_until is None:
+            interest = select.POLLIN if self._host.size < BACKLOG_LIMIT else 0
+            if self._to_executor.size:
+                interest |= select.POLLOUT
+            self._poll.modify(channel, interest)
         unsent = self._cell is not None and any(c.unsent for c in self._captured.values())
         timeout = STREAM_INTERVAL if unsent else self._time_left()
         if self._crash is not None:
             timeout = min(timeout, READY_TIMEOUT)
+        if self._vacant_until is not None:
+            timeout = min(timeout, VACANCY)
         for fd, _ in self._poll.poll(1000 * timeout):
             if fd == channel:
                 self._read_executor(channel)
@@ -351,6 +361,8 @@ class Supervisor:
                 break  # the executor was replaced: the other events may be of the old one
         if self._crash is not None and time.monotonic() > self._ready_by:
             self._recover(self._crash)
+        if self._vacant_until is not None and time.monotonic() > self._vacant_until:
+            self._end_vacancy()
         self._stream()
 
     def _time_left(self) -> float:
@@ -403,6 +415,11 @@ class Supervisor:
         elif self._crash is not None and kind in ("execute", "load", "part"):
             # until the dead cell's output and end are reported, nothing new may print
             self._held.append((message, header, blobs))
+        elif kind == "reset":
+            self._reset(message["id"])
+        elif kind in ("execute", "load") and self._vacant_until is not None:
+            self._end_vacancy()
+            self._from_host(message, header, blobs)
         elif kind == "load" and message.get("shared"):
             self._loading.append(message["id"])
             assert self._lane is not None
@@ -412,8 +429,6 @@ class Supervisor:
             self._begin_parts(message, wire.join(header))
         elif kind == "part":
             self._add_part(message, blobs[0])
-        elif kind == "reset":
-            self._reset(message["id"])
         else:
             if kind == "execute":
                 self._cell = message["id"]
@@ -454,24 +469,30 @@ class Supervisor:
 
     def _reset(self, number: int) -> None:
         """Leave nothing of what cells have started or written, for somebody else's session."""
-        self._poll.unregister(self._channel.fileno())
-        self._channel.close()
+        if self._vacant_until is None:
+            self._poll.unregister(self._channel.fileno())
+            self._channel.close()
         self._drop_incoming()
         self._cell = self._crash = self._crashed_cell = None
         self._loading.clear()
         self._held.clear()
         self._kill_all()
+        self._executor = 0
         self._drain()
         for captured in self._captured.values():
             captured.take()
-        folders = self._options.get("wipe") or [self._options["scratch"]]
-        left = _wipe(folders)
-        if left:
-            error = "these cannot be removed: " + ", ".join(left[:5])
+        left = _wipe(self._folders)
+        if left or not self._folders:
+            error = f"these cannot be removed: {', '.join(left[:5])}" if left else "no folder is its own"
             self._host.send(wire.encode({"t": "loaded", "id": number, "error": _clean(error, 2000)}))
             raise EOFError
-        self._resetting = number
-        self._start_executor()
+        self._host.send(wire.encode({"t": "loaded", "id": number}))
+        self._vacant_until = time.monotonic() + VACANCY
+
+    def _end_vacancy(self) -> None:
+        if self._vacant_until is not None:
+            self._vacant_until = None
+            self._start_executor()
 
     # -- contexts that come in parts: kept once, outside of this process, and handed on whole
 
@@ -556,9 +577,6 @@ class Supervisor:
             self._greet()
             return
         self._restarts = 0
-        if self._resetting is not None:
-            number, self._resetting = self._resetting, None
-            self._host.send(wire.encode({"t": "loaded", "id": number}))
         if self._crash is not None:
             crash, self._crash = self._crash, None
             crash["lost"] = [_clean(name, 200) for name in message.get("lost", [])[:20]]
@@ -858,10 +876,11 @@ def _out_of_memory_kills() -> int:
     return 0
 
 
-def _wipe(folders: Iterable[str]) -> list[str]:
-    """Empty these folders. Returns what is left in them."""
+def _wipe(folders: dict[str, int]) -> list[str]:
+    """Empty these folders, and give each its mode again. Returns what is left in them."""
     left = []
-    for folder in folders:
+    for folder, mode in folders.items():
+        _attempt(os.chmod, folder, mode)  # a cell that owns it may have shut it
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
             if os.path.isdir(path) and not os.path.islink(path):
@@ -1230,7 +1249,7 @@ class Namespace:
         )
 
     def budget(self) -> dict[str, Any]:
-        """What this run may still use: calls, iterations, seconds; None is unlimited."""
+        """What this run may still use: iterations, calls, tokens, dollars, seconds; None is unlimited."""
         reply, blobs = self._calls.call({"fn": "budget"}, [])
         _raise_failure(reply)
         return dict(json.loads(blobs[0]))

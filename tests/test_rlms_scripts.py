@@ -186,6 +186,30 @@ def test_the_answer_to_a_run_out_of_turns_is_that_of_a_last_iteration(providers:
     assert last["code_blocks"] == []
 
 
+def long_talk(providers: ModelServer) -> None:
+    """Have the server talk of so much that a run with a low threshold sums it up, once or more often."""
+
+    def reply(seen: Seen) -> Behaviour:
+        said = [message["content"] for message in seen.body["messages"]]
+        if said[-1].endswith("no answer in it is taken."):
+            return Behaviour(text="n is what I have so far.", usage=None)
+        if "n is what I have so far." in said:
+            return Behaviour(text="```repl\nFINAL(n)\n```", usage=None)
+        return Behaviour(text="```repl\nn = 42\nprint('x' * 4000)\n```", usage=None)
+
+    providers.reply = reply
+
+
+def test_a_request_for_a_summary_is_no_iteration(providers: ModelServer) -> None:
+    long_talk(providers)
+    rlm = model(logger=RLMLogger(), compaction=True, compaction_threshold_pct=0.02)
+    result = rlm.completion("any")
+    found = iterations(result)
+    assert result.response == "42"
+    assert len(found) == result.iterations == providers.requests - 1
+    assert found[-1]["prompt"][2]["content"] == "n is what I have so far."
+
+
 def test_a_logger_without_a_folder_keeps_the_latest_run(providers: ModelServer) -> None:
     say(providers, "```repl\nprint(1)\n```", DONE)
     logger = RLMLogger()
@@ -375,6 +399,15 @@ def test_a_function_is_told_of_every_turn(providers: ModelServer) -> None:
     )
     rlm.completion("any")
     assert told == [(0, 1), (0, 1, True), (0, 2), (0, 2, True)]
+
+
+def test_a_request_for_a_summary_is_no_turn(providers: ModelServer) -> None:
+    long_talk(providers)
+    told: list[int] = []
+    rlm = model(
+        compaction=True, compaction_threshold_pct=0.02, on_iteration_start=lambda _, n: told.append(n)
+    )
+    assert rlm.completion("any").iterations == len(told) == providers.requests - 1
 
 
 def test_a_function_is_told_of_every_child_run(providers: ModelServer) -> None:

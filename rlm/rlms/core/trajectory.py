@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rlm.client import ModelUsageSummary, UsageSummary
+from rlm.compaction import asks_for_summary
 from rlm.events import (
     AnyEvent,
     CellFinished,
@@ -163,7 +164,8 @@ class _Run:
         self.model = event.model
         said = [{"role": message.role, "content": message.content} for message in event.messages]
         self._messages = self._messages[: event.prefix] + said
-        self._turn = _Turn(self._messages, event.at)
+        if not asks_for_summary(event.messages):
+            self._turn = _Turn(self._messages, event.at)
 
     def _add(self, turn: _Turn, event: AnyEvent) -> None:
         """A reply to the run's request, or one of the cells in it."""
