@@ -129,6 +129,11 @@ def shared(before: Sequence[Message], now: Sequence[Message]) -> int:
     return count
 
 
+def asks_for_summary(messages: Sequence[Message]) -> bool:
+    """Whether a request is no turn of its run, but for what the conversation goes on from."""
+    return messages[-1].content.endswith(prompts.text("summarise"))
+
+
 def _request(messages: Sequence[Message]) -> list[Message]:
     """Ask for a summary in the last message, which is the user's: some models want turns to alternate."""
     last = messages[-1]

@@ -42,6 +42,8 @@ class RunStarted(Event, frozen=True, kw_only=True, tag="run_started"):
     environment: str
     started: str | None = None
     """Wall-clock time, ISO 8601, on the root run only."""
+    prompt: str | None = None
+    """Of a child run without a question: what the cell asked it to do, which is its context as well."""
 
 
 class SandboxStarted(Event, frozen=True, kw_only=True, tag="sandbox_started"):

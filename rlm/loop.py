@@ -87,6 +87,10 @@ class Tree:
     environment_name: str = ""
     backend_name: str = ""
     system_prompt: str | None = None
+    advice: bool = True
+    """Whether the system prompt says how to go about it."""
+    prologue: str | None = None
+    """What the root's first message says besides."""
     width: int = 1
     """Child runs at work at a time."""
     tools: Tools = NO_TOOLS
@@ -296,7 +300,8 @@ class Run:
         tree, limits = self._tree, self._tree.ledger.limits
         system = tree.system_prompt
         if system is None:
-            system = prompts.fill("system", more=self._abilities())
+            advice = f"{prompts.text('advice')} " if tree.advice else ""
+            system = prompts.fill("system", more=self._abilities(), advice=advice)
         elif self._tools:
             system = f"{system}\n\n{prompts.fill('tools', tools=self._tools.described())}"
         first = prompts.fill(
@@ -305,7 +310,8 @@ class Run:
             context=self._what_there_is(),
             iterations=str(limits.max_iterations),
         )
-        first = "\n\n".join(part for part in (first, self._check.wanted()) if part)
+        prologue = tree.prologue if self._depth == 0 else None
+        first = "\n\n".join(part for part in (first, prologue, self._check.wanted()) if part)
         return [Message("system", system), Message("user", first)]
 
     def _abilities(self) -> str:
@@ -627,6 +633,7 @@ class Run:
             RunStarted, question=self._question, context=contexts.describe(self._context),
             backend=self._tree.backend_name, environment=self._tree.environment_name,
             started=datetime.now(UTC).isoformat() if self._depth == 0 else None,
+            prompt=self._context if self._depth > 0 and self._question is None else None,
         )  # fmt: skip
         for note in self._notes:
             self._emit(Warned, message=note)
