@@ -135,7 +135,8 @@ def in_steps(*steps: str) -> Reply:
         done = max(map(int, re.findall(r"This was step (\d+)", "\n".join(said[2:]))), default=0)
         if said[-1].endswith("no answer in it is taken."):
             return f"This was step {done}. All results are in variables; step {done + 1} is next."
-        return cell(steps[done], f"{THOUGHTS}\nThis was step {done + 1}.")
+        step = min(done, len(steps) - 1)  # the last one again, should it have failed
+        return cell(steps[step], f"{THOUGHTS}\nThis was step {step + 1}.")
 
     return reply
 
