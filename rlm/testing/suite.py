@@ -221,8 +221,9 @@ class Suite(PluginSuite):
         ) -> Sandbox:
             env = environment.fresh()
             stack.push_async_callback(env.close)
-            await env.start(Host(handler, serve, on_output, tools=tools))
-            return Sandbox(env)
+            host = Host(handler, serve, on_output, tools=tools)
+            await env.start(host)
+            return Sandbox(env, host)
 
         try:
             yield new
