@@ -26,6 +26,7 @@ from .pool import nobody
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from .events import Subscriber
     from .loop import Run
     from .pool import Environments
     from .rlm import RLM, RLMChatCompletion
@@ -84,13 +85,13 @@ class Conversation:
         self, prompt: Any = None, root_prompt: str | None = None, *, response_model: Any = None
     ) -> RLMChatCompletion:
         """As `RLM.completion`; without ``prompt`` there is no new context, only a question."""
-        return hostloop.run(self._complete(prompt, root_prompt, response_model))
+        return hostloop.run(self.complete(prompt, root_prompt, [], response_model))
 
     async def acompletion(
         self, prompt: Any = None, root_prompt: str | None = None, *, response_model: Any = None
     ) -> RLMChatCompletion:
         """`completion`, awaited."""
-        return await hostloop.delegate(self._complete(prompt, root_prompt, response_model))
+        return await hostloop.delegate(self.complete(prompt, root_prompt, [], response_model))
 
     def save(self, path: str | Path) -> list[str]:
         """Write the conversation to a file that only this user can read, replacing one of that name.
@@ -118,12 +119,19 @@ class Conversation:
 
     # -- on the core's loop
 
-    async def _complete(self, prompt: Any, root_prompt: str | None, response_model: Any) -> RLMChatCompletion:
+    async def complete(
+        self,
+        prompt: Any,
+        root_prompt: str | None,
+        subscribers: list[Subscriber],
+        response_model: Any = None,
+    ) -> RLMChatCompletion:
+        """One completion, whose events ``subscribers`` are told."""
         if prompt is None and root_prompt is None:
             raise ConfigError("nothing is asked: give a context, or a question as root_prompt")
         async with self._turn:
             turn = _Turn(self, has_context=prompt is not None)
-            return await self._rlm._complete(prompt, root_prompt, [], response_model, turn=turn)
+            return await self._rlm.complete(prompt, root_prompt, subscribers, response_model, turn)
 
     async def aclose(self) -> None:
         """End the sandbox, on the core's loop. Safe to call twice."""
@@ -204,7 +212,7 @@ class Conversation:
         env, host = self._env, self._host
         if env is None or host is None:
             return
-        host.serve = nobody
+        host.serve, host.on_output = nobody, _ignore
         assert isinstance(env, SupportsPersistence)
         with contextlib.suppress(SandboxError):  # the next completion will find out, and begin anew
             await env.add_history(run.history, len(self._histories) - 1)
@@ -331,6 +339,10 @@ class _Turn:
     async def leave(self, run: Run, question: str | None, answer: str | None) -> None:
         """See `loop.Turn`."""
         await self._conversation.leave(run, question, answer)
+
+
+def _ignore(stream: str, text: str) -> None:
+    """Told what is printed between two completions."""
 
 
 def _names(kind: str, count: int) -> str:

@@ -10,7 +10,6 @@ touches no other.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import secrets
@@ -128,13 +127,6 @@ class Session:
         for task in self._tasks:
             task.cancel()
         self._calls.clear()
-
-    def end_calls(self, why: RLMError) -> None:
-        """Fail what is in flight: whoever waits for it in the sandbox is told why."""
-        for number in tuple(self._calls):
-            with contextlib.suppress(SandboxLost):
-                self.send({"t": "reply", "id": number, "error": _clipped(why)})
-        self.cancel_calls()
 
     @property
     def is_connected(self) -> bool:

@@ -163,7 +163,7 @@ class Function:
             args, kwargs = json.loads(arguments)
             if not (isinstance(args, list) and isinstance(kwargs, dict)):
                 raise ValueError
-        except (ValueError, TypeError, RecursionError):
+        except (TypeError, ValueError, RecursionError):
             raise ToolError("these are no arguments: [by position, by name], as JSON", "TypeError") from None
         try:
             return self.check(*args, **kwargs)

@@ -261,6 +261,9 @@ class Supervisor:
         self._incoming: Incoming | None = None
         self._vacant_until: float | None = None
         """When an executor is to be started at the latest: there is none, after a reset."""
+        folders = filter(None, options.get("wipe") or [options.get("scratch")])
+        self._folders = {path: os.stat(path).st_mode & 0o7777 for path in folders if os.path.isdir(path)}
+        """All that cells can write to, for whoever begins anew, with the modes they had."""
 
     def run(self) -> NoReturn:
         """Serve until the host closes the stream, then leave nothing behind."""
@@ -478,10 +481,9 @@ class Supervisor:
         self._drain()
         for captured in self._captured.values():
             captured.take()
-        folders = self._options.get("wipe") or [self._options["scratch"]]
-        left = _wipe(folders)
-        if left:
-            error = "these cannot be removed: " + ", ".join(left[:5])
+        left = _wipe(self._folders)
+        if left or not self._folders:
+            error = f"these cannot be removed: {', '.join(left[:5])}" if left else "no folder is its own"
             self._host.send(wire.encode({"t": "loaded", "id": number, "error": _clean(error, 2000)}))
             raise EOFError
         self._host.send(wire.encode({"t": "loaded", "id": number}))
@@ -874,10 +876,11 @@ def _out_of_memory_kills() -> int:
     return 0
 
 
-def _wipe(folders: Iterable[str]) -> list[str]:
-    """Empty these folders. Returns what is left in them."""
+def _wipe(folders: dict[str, int]) -> list[str]:
+    """Empty these folders, and give each its mode again. Returns what is left in them."""
     left = []
-    for folder in folders:
+    for folder, mode in folders.items():
+        _attempt(os.chmod, folder, mode)  # a cell that owns it may have shut it
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
             if os.path.isdir(path) and not os.path.islink(path):
@@ -1246,7 +1249,7 @@ class Namespace:
         )
 
     def budget(self) -> dict[str, Any]:
-        """What this run may still use: calls, iterations, seconds; None is unlimited."""
+        """What this run may still use: iterations, calls, tokens, dollars, seconds; None is unlimited."""
         reply, blobs = self._calls.call({"fn": "budget"}, [])
         _raise_failure(reply)
         return dict(json.loads(blobs[0]))

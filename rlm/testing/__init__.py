@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import pytest
 
-for _module in ("contract", "calls", "robustness", "isolation", "hygiene", "protocol", "clients"):
+for _module in (
+    "contract",
+    "calls",
+    "robustness",
+    "isolation",
+    "hygiene",
+    "protocol",
+    "runs",
+    "tools",
+    "clients",
+):
     pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
 from .calls import Calls
@@ -20,11 +30,13 @@ from .hygiene import Hygiene
 from .isolation import IsolationLevel
 from .protocol import Protocol
 from .robustness import Robustness
+from .runs import Runs
 from .sessions import Cells, Sandbox
 from .suite import CAPABILITIES, CONTRACT_VERSION, Suite, requires
+from .tools import HostTools
 
 
-class EnvironmentSuite(Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol):
+class EnvironmentSuite(Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol, Runs, HostTools):
     """All levels. Inherit it as ``TestSomething``, and define the fixture ``environment``."""
 
 
@@ -36,10 +48,12 @@ __all__ = [
     "ClientSuite",
     "Contract",
     "EnvironmentSuite",
+    "HostTools",
     "Hygiene",
     "IsolationLevel",
     "Protocol",
     "Robustness",
+    "Runs",
     "Sandbox",
     "Suite",
     "requires",

@@ -20,7 +20,7 @@ from . import collected
 from .base import PluginSuite
 from .suite import CONTRACT_VERSION, Suite
 
-LEVELS = ("contract", "robustness", "isolation", "hygiene", "protocol")
+LEVELS = ("contract", "robustness", "isolation", "hygiene", "protocol", "runs")
 
 Outcome = Literal["passed", "failed", "skipped", "known failure"]
 

@@ -17,7 +17,7 @@ import pytest
 from .. import protocol
 from ..environment import BaseEnv, CellError, Isolation, REPLResult
 from ..errors import RLMError
-from ..rlm import REPL
+from ..rlm import REPL, RLM
 
 HANG = 120
 """Seconds after which a test that is still running has failed."""
@@ -102,6 +102,7 @@ class Sandbox:
 
 OpenCells = Callable[..., Cells]
 OpenSandbox = Callable[..., Awaitable[Sandbox]]
+OpenRLM = Callable[..., RLM]
 
 
 async def echo(call: protocol.Call, texts: list[str]) -> list[str | RLMError]:
