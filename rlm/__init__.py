@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .client import Usage as Usage
     from .client import UsageSummary as UsageSummary
     from .config import Config as Config
+    from .conversation import Conversation as Conversation
     from .environment import BaseEnv as BaseEnv
     from .environment import CellError as CellError
     from .environment import Isolation as Isolation
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from .environment import SupportsReset as SupportsReset
     from .environment import SupportsSnapshot as SupportsSnapshot
     from .environment import WorkerEnv as WorkerEnv
+    from .errors import BudgetExceededError as BudgetExceededError
+    from .errors import CancellationError as CancellationError
+    from .errors import ErrorThresholdExceededError as ErrorThresholdExceededError
     from .errors import RLMError as RLMError
+    from .errors import TimeoutExceededError as TimeoutExceededError
+    from .errors import TokenLimitExceededError as TokenLimitExceededError
     from .events import Trace as Trace
     from .handler import LMHandler as LMHandler
     from .limits import Limits as Limits
@@ -36,11 +42,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__path__.append(f"{__path__[0]}/rlms")  # rlm.logger, rlm.clients, ...: where scripts for rlms find things
+
 _HOME = {
     "BaseEnv": "environment",
     "BaseLM": "client",
+    "BudgetExceededError": "errors",
+    "CancellationError": "errors",
     "CellError": "environment",
     "Config": "config",
+    "Conversation": "conversation",
+    "ErrorThresholdExceededError": "errors",
     "Isolation": "environment",
     "LMHandler": "handler",
     "Limits": "limits",
@@ -56,6 +68,8 @@ _HOME = {
     "SupportsSnapshot": "environment",
     "Reply": "client",
     "Request": "client",
+    "TimeoutExceededError": "errors",
+    "TokenLimitExceededError": "errors",
     "Trace": "events",
     "Usage": "client",
     "UsageSummary": "client",

@@ -50,8 +50,8 @@ class Backends:
         self._aliases = dict(aliases or {})
         self.cache = cache
         """Where replies are kept, if anywhere."""
-        self._sampling = _fields(sampling or {})
-        self._sub_sampling = self._sampling if sub_sampling is None else _fields(sub_sampling)
+        self._sampling = sampling_fields(sampling or {})
+        self._sub_sampling = self._sampling if sub_sampling is None else sampling_fields(sub_sampling)
 
     @classmethod
     def of(cls, client: BaseLM | None, *, owned: bool = False) -> Backends:
@@ -336,7 +336,7 @@ def name_of(thing: Any) -> str:
 _SAMPLING = frozenset(("max_tokens", "temperature", "stop", "seed", "schema"))
 
 
-def _fields(sampling: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_fields(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling arguments as fields of a `Request`; what has no field of its own is ``extra``."""
     fields = {name: value for name, value in sampling.items() if name in _SAMPLING}
     if isinstance(stop := fields.get("stop"), str):

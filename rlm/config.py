@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -21,6 +21,9 @@ from .errors import ConfigError
 from .gate import Policy
 from .limits import Limits
 from .pace import RateLimit
+
+if TYPE_CHECKING:
+    from .callbacks import Callbacks
 
 _POLICY = Policy()
 
@@ -85,6 +88,14 @@ class Config(Limits):
         True,
         description="Save a session's variables after each completion, in case that its sandbox is lost.",
     )
+    compaction: bool = Field(
+        False,
+        description="When a conversation comes near to what its model reads, go on from a summary; "
+        "all of it stands in the sandbox as `history`.",
+    )
+    compaction_threshold_pct: float = Field(
+        0.85, gt=0, le=1, description="How near: the part of the model's context window."
+    )
     pool: int = Field(
         0, ge=0, description="Environments kept ready between completions, for runs and child runs."
     )
@@ -136,10 +147,62 @@ class Config(Limits):
     custom_system_prompt: str | None = Field(
         None, description="Replaces the system prompt, exactly as written."
     )
+    orchestrator: bool = Field(
+        True,
+        description="Whether the system prompt has its advice on how to go about a task. False: of the root "
+        "and its children alike it is without that, and the same otherwise.",
+    )
+    user_prologue: str | None = Field(
+        None, description="Further words of the user's, at the end of the root's first message."
+    )
     trace: Path | None = Field(
         None, strict=False, description="File to which every event is appended, as JSON lines."
     )
     verbose: bool = Field(False, description="Show progress on the terminal.")
+    logger: Any = Field(
+        None, description="An rlm.logger.RLMLogger: the result's metadata then says what the run did."
+    )
+
+    on_iteration_start: Callable[[int, int], object] | None = Field(
+        None, description="Told of each turn that begins: depth, number. On the core's thread, like the rest."
+    )
+    on_iteration_complete: Callable[[int, int, float], object] | None = Field(
+        None, description="Told of each turn that is over: depth, number, seconds."
+    )
+    on_subcall_start: Callable[[int, str, str], object] | None = Field(
+        None, description="Told of each child run that begins: depth, model, beginning of its prompt."
+    )
+    on_subcall_complete: Callable[[int, str, float, str | None], object] | None = Field(
+        None, description="Told of each child run that is over: depth, model, seconds, error or None."
+    )
+
+    def callbacks(self) -> Callbacks:
+        """The functions among these settings that are told of turns and child runs."""
+        from .callbacks import Callbacks
+
+        return Callbacks(
+            self.on_iteration_start,
+            self.on_iteration_complete,
+            self.on_subcall_start,
+            self.on_subcall_complete,
+        )
+
+    @field_validator(
+        "backend_kwargs", "environment_kwargs", "other_backends", "other_backend_kwargs", "custom_tools",
+        "sampling_args", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _nothing_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            return value
+        return cls.model_fields[info.field_name or ""].get_default(call_default_factory=True)
+
+    @field_validator("logger")
+    @classmethod
+    def _follows(cls, value: Any) -> Any:
+        if value is not None and not callable(getattr(value, "follow", None)):
+            raise ValueError("it is an rlm.logger.RLMLogger")
+        return value
 
     @field_validator("prices", "rate_limits", mode="before")
     @classmethod

@@ -212,7 +212,7 @@ class Conversation:
         env, host = self._env, self._host
         if env is None or host is None:
             return
-        host.serve = nobody
+        host.serve, host.on_output = nobody, _ignore
         assert isinstance(env, SupportsPersistence)
         with contextlib.suppress(SandboxError):  # the next completion will find out, and begin anew
             await env.add_history(run.history, len(self._histories) - 1)
@@ -339,6 +339,10 @@ class _Turn:
     async def leave(self, run: Run, question: str | None, answer: str | None) -> None:
         """See `loop.Turn`."""
         await self._conversation.leave(run, question, answer)
+
+
+def _ignore(stream: str, text: str) -> None:
+    """Told what is printed between two completions."""
 
 
 def _names(kind: str, count: int) -> str:

@@ -390,6 +390,8 @@ class WorkerEnv(BaseEnv):
             self._autopsy.cancel()
         if self.session is not None and self._host is not None:
             self._host.handler.close_session(self.session)
+        elif self.session is not None:
+            self.session.close()
         self._deadline.cancel()
         await self.stop()
 
@@ -446,6 +448,7 @@ class WorkerEnv(BaseEnv):
             message = await self._command({"t": "reset"}, RESET_TIMEOUT, "begin anew")
         if message.error:
             raise SandboxError(f"the sandbox cannot begin anew: {message.error}")
+        self._host = None  # with all that hangs on a run which is over
         self._given.clear()
         self._counts = dict.fromkeys(self._counts, 0)
         self._lost.clear()
@@ -462,12 +465,16 @@ class WorkerEnv(BaseEnv):
 
     async def put(self, name: str, value: Any) -> None:
         """Put a value into the namespace under a name that is restored after each cell."""
+        self._given.pop(
+            (name,), None
+        )  # it is the latest of what is given again, should the name be another's too
         await self._give((name,), value)
 
     # -- talking to the worker
 
     async def _serve(self, call: protocol.Call, texts: list[str]) -> Answers:
-        assert self._host is not None
+        if self._host is None:
+            raise SandboxError("the run that this sandbox was for is over")
         return await self._host.serve(call, texts)
 
     def _ask(

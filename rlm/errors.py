@@ -216,6 +216,11 @@ class LimitExceeded(RLMError):
         self.used = used
 
 
+# what scripts written for rlms read of an error
+_USED = property(lambda error: error.used)
+_LIMIT = property(lambda error: error.limit)
+
+
 class MaxIterationsExceeded(LimitExceeded):
     """The iterations are used up, and no best answer could be had either."""
 
@@ -244,27 +249,39 @@ class MaxTokensExceeded(LimitExceeded):
     """The tokens of the run tree are used up."""
 
     name = "max_tokens"
+    tokens_used, token_limit = _USED, _LIMIT
 
 
 class BudgetExceeded(LimitExceeded):
     """The money of the run tree is used up."""
 
     name = "max_budget"
+    spent, budget = _USED, _LIMIT
 
 
 class TimeoutExceeded(LimitExceeded):
     """The run took longer than its wall time."""
 
     name = "max_timeout"
+    elapsed, timeout = _USED, _LIMIT
 
 
 class ErrorThresholdExceeded(LimitExceeded):
     """Too many cells in a row have failed."""
 
     name = "max_errors"
+    error_count, threshold = _USED, _LIMIT
 
 
 class Cancelled(LimitExceeded):
     """The run was cancelled from outside."""
 
     name = "cancelled"
+
+
+# the names that scripts written for rlms know
+BudgetExceededError = BudgetExceeded
+CancellationError = Cancelled
+ErrorThresholdExceededError = ErrorThresholdExceeded
+TimeoutExceededError = TimeoutExceeded
+TokenLimitExceededError = MaxTokensExceeded

@@ -268,8 +268,9 @@ class Ledger:
 
     def out_of_time(self) -> TimeoutExceeded:
         """The error that says so."""
-        limit = self.limits.max_timeout
-        return TimeoutExceeded(f"the run took longer than max_timeout={limit:g} s", limit=limit)
+        limit = self.limits.max_timeout or 0.0
+        used = limit - (self.seconds_left() or 0.0)
+        return TimeoutExceeded(f"the run took longer than max_timeout={limit:g} s", limit=limit, used=used)
 
     # -- what there is to be told
 

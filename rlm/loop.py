@@ -21,6 +21,7 @@ from . import context as contexts
 from . import prompts, protocol
 from .answers import AnswerCheck
 from .client import Message, Reply
+from .compaction import Compaction, SupportsPut, Threshold, shared
 from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import (
     BadRequest,
@@ -39,6 +40,7 @@ from .events import (
     CellFinished,
     CellOutput,
     CellStarted,
+    Compacted,
     EventBus,
     LimitReached,
     Restored,
@@ -85,6 +87,10 @@ class Tree:
     environment_name: str = ""
     backend_name: str = ""
     system_prompt: str | None = None
+    advice: bool = True
+    """Whether the system prompt says how to go about it."""
+    prologue: str | None = None
+    """What the root's first message says besides."""
     width: int = 1
     """Child runs at work at a time."""
     tools: Tools = NO_TOOLS
@@ -93,6 +99,8 @@ class Tree:
     schemas: Schemas = dataclasses.field(default_factory=Schemas)
     """What cells may ask for by name."""
     schema_retries: int = 0
+    compaction: Threshold | None = None
+    """When conversations are summed up; None is never."""
     numbers: Any = dataclasses.field(default_factory=lambda: itertools.count(1))
 
     def __post_init__(self) -> None:
@@ -171,7 +179,8 @@ class Run:
         self._tools = tree.sub_tools if depth else tree.tools
         self._slot = Slot(tree.slots, depth)
         self._messages: list[Message] = []
-        self._sent = 0
+        self._sent: list[Message] = []
+        self._compaction = Compaction() if tree.compaction is not None else None
         self._iteration = 0
         self._cells = 0
         self._failed_turns = 0
@@ -246,6 +255,8 @@ class Run:
             self._env = await self._turn.enter(host, self._tree.environments, self._context)
             if self._turn.reason is not None:
                 self._emit(Restored, reason=self._turn.reason, lost=self._turn.lost)
+        if self._compaction is not None:
+            await self._compaction.begin(self._env)
         isolation = self._env.isolation
         self._emit(
             SandboxStarted, environment=self._tree.environment_name, level=isolation.level,
@@ -258,6 +269,7 @@ class Run:
         self._messages = self._opening()
         for self._iteration in range(1, limits.max_iterations + 1):
             try:
+                await self._compact()
                 reply = await self._ask()
             except LimitExceeded as error:
                 if limits.on_limit == "raise" or self._depth > 0:
@@ -288,7 +300,8 @@ class Run:
         tree, limits = self._tree, self._tree.ledger.limits
         system = tree.system_prompt
         if system is None:
-            system = prompts.fill("system", more=self._abilities())
+            advice = f"{prompts.text('advice')} " if tree.advice else ""
+            system = prompts.fill("system", more=self._abilities(), advice=advice)
         elif self._tools:
             system = f"{system}\n\n{prompts.fill('tools', tools=self._tools.described())}"
         first = prompts.fill(
@@ -297,7 +310,8 @@ class Run:
             context=self._what_there_is(),
             iterations=str(limits.max_iterations),
         )
-        first = "\n\n".join(part for part in (first, self._check.wanted()) if part)
+        prologue = tree.prologue if self._depth == 0 else None
+        first = "\n\n".join(part for part in (first, prologue, self._check.wanted()) if part)
         return [Message("system", system), Message("user", first)]
 
     def _abilities(self) -> str:
@@ -305,6 +319,8 @@ class Run:
         parts = []
         if self._can_recurse:
             parts.append(prompts.text("recursion"))
+        if self._compaction is not None and isinstance(self._env, SupportsPut):
+            parts.append(prompts.text("history"))
         if names := self._tree.schemas.names:
             parts.append(prompts.fill("schemas", names=", ".join(f"`{name}`" for name in names)))
         if self._tools:
@@ -324,15 +340,39 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, str]]:
-        """The messages of this run so far, role and content of each."""
-        return [{"role": message.role, "content": message.content} for message in self._messages]
+        """The messages of this run so far, role and content of each; summaries of them are marked."""
+        return (self._compaction or Compaction()).history(self._messages)
 
-    async def _ask(self) -> Reply:
-        """The model's next reply. The previous request is a prefix of this one, to the byte."""
-        prefix, self._sent = self._sent, len(self._messages)
-        return await self._tree.handler.complete(
-            self._messages, self._caller("root"), model=self._model, prefix=prefix
+    async def _ask(self, messages: list[Message] | None = None) -> Reply:
+        """The model's next reply. The previous request is a prefix of this one, to the byte.
+
+        Only where the conversation has been summed up, or its last message added to, it is not all of it.
+        """
+        messages = list(messages or self._messages)
+        reply = await self._tree.handler.complete(
+            messages, self._caller("root"), model=self._model, prefix=shared(self._sent, messages)
         )
+        self._sent = messages
+        if self._compaction is not None:
+            self._compaction.learn(messages, reply.usage)
+        return reply
+
+    async def _compact(self) -> None:
+        """Sum the conversation up, when the next request comes near to what its model reads."""
+        threshold, compaction, before = self._tree.compaction, self._compaction, self._messages
+        if threshold is None or compaction is None:
+            return
+        assert self._env is not None
+        limit, warning = threshold.tokens(self._tree.handler.models.choose(self._model, sub=self._depth > 0))
+        if warning is not None:
+            self._emit(Warned, message=warning)
+        left = self._tree.ledger.limits.max_iterations - self._iteration + 1
+        self._messages = await compaction.compact(before, limit, self._ask, self._env, left)
+        if self._messages is not before:
+            self._emit(
+                Compacted, number=compaction.number, before=compaction.tokens(before),
+                after=compaction.tokens(self._messages),
+            )  # fmt: skip
 
     def _caller(self, kind: Literal["root", "sub"]) -> Caller:
         return Caller(self._id, self._parent, self._depth, kind)
@@ -526,7 +566,8 @@ class Run:
         complaint: str | None = None
         for _ in range(self._tree.schema_retries + 1):
             text = (await self._call_model(messages, model, schema)).text
-            value, complaint = schema.parse(text)
+            # a hostile schema takes a while, and holds up no other run
+            value, complaint = await asyncio.to_thread(schema.parse, text)
             if complaint is None:
                 return json.dumps(schema.plain(value))
             again = prompts.fill("schema_again", reason=complaint)
@@ -592,6 +633,7 @@ class Run:
             RunStarted, question=self._question, context=contexts.describe(self._context),
             backend=self._tree.backend_name, environment=self._tree.environment_name,
             started=datetime.now(UTC).isoformat() if self._depth == 0 else None,
+            prompt=self._context if self._depth > 0 and self._question is None else None,
         )  # fmt: skip
         for note in self._notes:
             self._emit(Warned, message=note)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import context as contexts
-from . import hostloop, plugins
+from . import hostloop, plugins, protocol
 from .answers import AnswerCheck
 from .backends import Backends, client_of, connect, name_of
 from .client import UsageSummary
+from .compaction import Threshold
 from .environment import BaseEnv, Host, Isolation, REPLResult, SupportsPersistence
 from .errors import ConfigError
 from .events import AnyEvent, EventBus, JSONLWriter, Subscriber, Trace
@@ -27,6 +28,7 @@ from .ledger import Ledger
 from .loop import Run, Stopped, Tree, Turn
 from .pool import Environments, nobody
 from .schemas import Schemas
+from .session import Answers
 from .tools import Tools
 
 if TYPE_CHECKING:
@@ -38,28 +40,46 @@ if TYPE_CHECKING:
 class RLMChatCompletion:
     """What came of a completion."""
 
+    root_model: str
+    prompt: Any = dataclasses.field(repr=False)
+    """What was passed as the context."""
     response: str
     """The final answer."""
-    value: Any
-    """The final answer as data, when it was plain data and not a str; else None."""
-    parsed: Any
-    """The final answer as the ``response_model`` that was asked for; else the same as ``value``."""
-    stopped: Stopped
-    """``"final"``: submitted. The name of a limit: the best there was when it was reached."""
-    root_model: str
-    iterations: int
-    execution_time: float
-    """Seconds."""
     usage_summary: UsageSummary
     """Of the whole run tree."""
-    trace: Trace
-    isolation: Isolation
+    execution_time: float
+    """Seconds."""
+    metadata: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
+    """What the run did, as the ``logger`` that was given tells it."""
+    error: str | None = None
+    """Why there is no answer: only of a call that a `metadata` tells of."""
+    value: Any = None
+    """The final answer as data, when it was plain data and not a str; else None."""
+    parsed: Any = None
+    """The final answer as the ``response_model`` that was asked for; else the same as ``value``."""
+    stopped: Stopped = "final"
+    """``"final"``: submitted. The name of a limit: the best there was when it was reached."""
+    iterations: int = 0
+    trace: Trace = dataclasses.field(default_factory=Trace)
+    isolation: Isolation = dataclasses.field(default_factory=lambda: Isolation("unknown"))
     """What stood between the root's cells and this process."""
 
     @property
     def is_best_effort(self) -> bool:
         """Whether the answer was asked for when a limit was reached, and not submitted."""
         return self.stopped not in ("final", "plain")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was asked and answered, at what cost; the prompt as it was passed."""
+        extra = {"metadata": self.metadata, "error": self.error}
+        return {
+            "root_model": self.root_model,
+            "prompt": self.prompt,
+            "response": self.response,
+            "usage_summary": self.usage_summary.to_dict(),
+            "execution_time": self.execution_time,
+            **{name: value for name, value in extra.items() if value is not None},
+        }
 
 
 class RLM:
@@ -237,9 +257,31 @@ class RLM:
             from .console import Console
 
             subscribers.append(Console())
+        if callbacks := config.callbacks():
+            subscribers.append(callbacks)
         check = AnswerCheck(response_model, config.final_answer_validator)
         context = contexts.resolve(prompt)
         backends, notes = await self._connect()
+        followed = None
+        if config.logger is not None:
+            followed = config.logger.follow(config, backends.root.client.model_name)
+            subscribers.append(followed)
+        result = await self._recorded(backends, notes, context, root_prompt, subscribers, check, turn)
+        metadata = followed.trajectory() if followed is not None else None
+        return dataclasses.replace(result, prompt=prompt, metadata=metadata)
+
+    async def _recorded(
+        self,
+        backends: Backends,
+        notes: list[str],
+        context: Any,
+        root_prompt: str | None,
+        subscribers: list[Subscriber],
+        check: AnswerCheck,
+        turn: Turn | None,
+    ) -> RLMChatCompletion:
+        """A run whose events are appended to the trace file, if there is to be one."""
+        config = self.config
         if config.trace is None:
             return await self._run(backends, notes, context, root_prompt, EventBus(subscribers), check, turn)
         try:
@@ -276,11 +318,14 @@ class RLM:
                 environment_name=name_of(config.environment),
                 backend_name=name_of(config.backend),
                 system_prompt=config.custom_system_prompt,
+                advice=config.orchestrator,
+                prologue=config.user_prologue,
                 width=config.max_concurrent_subcalls,
                 tools=self._tools,
                 sub_tools=self._sub_tools,
                 schemas=self._schemas,
                 schema_retries=config.schema_retries,
+                compaction=Threshold(config.compaction_threshold_pct) if config.compaction else None,
             )
             run = Run(tree, context, question, notes=notes, check=check, turn=turn)
             self._trees.add(tree)
@@ -289,6 +334,7 @@ class RLM:
             finally:
                 self._trees.discard(tree)
         return RLMChatCompletion(
+            prompt=context,
             response=outcome.response,
             value=outcome.value,
             parsed=outcome.parsed,
@@ -391,14 +437,17 @@ class REPL:
         self._handler = await LMHandler(self._backends, ledger, events).__aenter__()
         tree = Tree(self._handler, ledger, events, Environments(self._new), tools=self._tools)
         env = self._new()
+        self._run = Run(tree, "", None)
         try:
-            serve = Run(tree, "", None).serve
-            await env.start(Host(self._handler, serve, self._on_output, tools=self._tools))
+            await env.start(Host(self._handler, self._serve, self._on_output, tools=self._tools))
         except BaseException:
             await env.close()
             await self._handler.__aexit__()
             raise
         self._env = env
+
+    async def _serve(self, call: protocol.Call, texts: list[str]) -> Answers:
+        return await self._run.serve(call, texts)
 
     async def _stop(self) -> None:
         env, self._env = self._env, None

@@ -53,19 +53,17 @@ class Slot:
     def __init__(self, slots: Slots, depth: int) -> None:
         self._slots = slots
         self._depth = depth
+        self._is_over = False
         self._is_held = False
         self._aside = 0
-        self._retaking: asyncio.Task[None] | None = None
+        self._taking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Slot:
         await self._take()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._retaking is not None:
-            self._retaking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._retaking
+        self._is_over = True  # calls that are still aside take up nothing any more
         self._give()
 
     @contextlib.asynccontextmanager
@@ -76,9 +74,7 @@ class Slot:
         try:
             yield
         except asyncio.CancelledError:  # of the call alone, perhaps: the run goes on, and does not wait
-            self._aside -= 1
-            if not self._aside:
-                self._retaking = asyncio.get_running_loop().create_task(self._take())
+            self._come_back()
             raise
         except BaseException:
             await self._back()
@@ -86,16 +82,26 @@ class Slot:
         await self._back()
 
     async def _back(self) -> None:
+        """Return once the run has its slot again, or another of its calls has gone aside."""
+        self._come_back()
+        if self._taking is not None:
+            await asyncio.wait([self._taking])
+
+    def _come_back(self) -> None:
         self._aside -= 1
-        if not self._aside:
-            await self._take()
+        if self._depth and not self._aside and not self._is_over:
+            self._taking = asyncio.get_running_loop().create_task(self._take())
 
     async def _take(self) -> None:
-        if self._depth and not self._is_held:
+        if self._depth:
             await self._slots.take(self._depth)
             self._is_held = True
 
     def _give(self) -> None:
+        """Give the slot back, or the place in the line of those who wait for one."""
+        taking, self._taking = self._taking, None
+        if taking is not None:
+            taking.cancel()
         if self._is_held:
             self._is_held = False
             self._slots.give()

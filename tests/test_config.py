@@ -142,7 +142,7 @@ def test_a_config_error_is_both_ours_and_a_value_error() -> None:
         ("max_concurrent_subcalls", 0),
         ("backend_kwargs", "model=x"),
         ("backend_kwargs", [1]),
-        ("environment_kwargs", None),
+        ("environment_kwargs", "x"),
         ("custom_system_prompt", 5),
         ("custom_system_prompt", b"bytes"),
         ("trace", 5),
