@@ -26,6 +26,7 @@ for _module in (
 from .calls import Calls
 from .clients import ClientSuite
 from .contract import Contract
+from .conversations import Conversations
 from .hygiene import Hygiene
 from .isolation import IsolationLevel
 from .protocol import Protocol
@@ -36,7 +37,9 @@ from .suite import CAPABILITIES, CONTRACT_VERSION, Suite, requires
 from .tools import HostTools
 
 
-class EnvironmentSuite(Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol, Runs, HostTools):
+class EnvironmentSuite(
+    Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol, Runs, HostTools, Conversations
+):
     """All levels. Inherit it as ``TestSomething``, and define the fixture ``environment``."""
 
 
@@ -47,6 +50,7 @@ __all__ = [
     "Cells",
     "ClientSuite",
     "Contract",
+    "Conversations",
     "EnvironmentSuite",
     "HostTools",
     "Hygiene",

@@ -19,7 +19,7 @@ from ..environment import BaseEnv, CellError, Host, Isolation, REPLResult, Suppo
 from ..errors import RLMError
 from ..rlm import REPL, RLM
 
-HANG = 120
+HANG = 20
 """Seconds after which a test that is still running has failed."""
 
 CELL = 30.0
