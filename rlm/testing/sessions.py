@@ -17,7 +17,8 @@ import pytest
 from .. import protocol
 from ..environment import BaseEnv, CellError, Host, Isolation, REPLResult, SupportsReset
 from ..errors import RLMError
-from ..rlm import REPL, RLM
+from ..repl import REPL
+from ..rlm import RLM
 
 HANG = 20
 """Seconds after which a test that is still running has failed."""

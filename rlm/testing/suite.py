@@ -24,7 +24,8 @@ from ..events import EventBus
 from ..handler import LMHandler
 from ..ledger import Ledger
 from ..limits import Limits
-from ..rlm import RLM, open_repl
+from ..repl import open_repl
+from ..rlm import RLM
 from ..tools import NO_TOOLS, Tools
 from .base import PluginSuite
 from .sessions import (
