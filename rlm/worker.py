@@ -63,7 +63,7 @@ FORWARD_TIMEOUT = 5.0
 READY_TIMEOUT = 5.0
 """Seconds a standby, or a new executor, has to report before another takes its place."""
 
-VACANCY = 0.05
+VACANCY = 0.3
 """Seconds that a session without an executor waits for its next run: one may come at once, or none."""
 
 CROWD = 8
