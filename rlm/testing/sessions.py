@@ -19,7 +19,7 @@ from ..environment import BaseEnv, CellError, Isolation, REPLResult
 from ..errors import RLMError
 from ..rlm import REPL, RLM
 
-HANG = 20
+HANG = 120
 """Seconds after which a test that is still running has failed."""
 
 CELL = 30.0
