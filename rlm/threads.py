@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,8 +20,12 @@ class Threads:
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         self._name = name
-        self._count = self._idle = 0
         self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._count = self._idle = 0
         self._jobs: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
 
@@ -30,6 +35,8 @@ class Threads:
 
     def submit(self, work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
         """Have work done in one of the threads, when one is free."""
+        if self._process != os.getpid():  # a fork has none of its parent's threads
+            self._begin()
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._changed:
             if self._closed:

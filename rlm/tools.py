@@ -16,6 +16,7 @@ import json
 import keyword
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,13 @@ _NUMBERED = re.compile(r"(context|history)_\d+")
 
 THREADS = 64
 """Calls of synchronous tools at a time."""
+
+ARGUMENTS_LIMIT, VALUES_LIMIT = 4 << 20, 1_000_000
+"""Characters of arguments, and how many values there may be in longer ones. As objects the smallest values
+take thirty times their text, and all runs wait while they are made; long texts cost next to nothing."""
+
+ERROR_LIMIT = 4000
+"""Characters of what an exception says that cross into a sandbox."""
 
 
 class Tools:
@@ -61,7 +69,7 @@ class Tools:
             if callable(tool):
                 functions[name] = Function.of(name, tool, text)
             else:
-                contexts.encode(tool)  # to find out now whether it can travel
+                _check_travels(name, tool)
                 values[name] = Value(tool, text)
         return cls(functions, values)
 
@@ -96,19 +104,12 @@ class Tools:
             raise ToolError(f"there is no tool {name!r}", "NameError")
         args, kwargs = function.checked(arguments)
         if function.is_async:
-            value = await _awaited(function.call, args, kwargs)
-        else:
-            value = await self._threads.run(functools.partial(_called, function.call, args, kwargs))
-            if inspect.isawaitable(value):  # of a lambda around a coroutine function
-                value = await _awaited(lambda: value, (), {})
-        try:
-            return contexts.encode(_portable(value))
-        except ConfigError:
-            raise ToolError(
-                f"{name}() returned a {type(value).__name__}, which cannot be sent to a sandbox: it has to "
-                "return text, bytes, numbers, lists, dicts, or a pydantic model",
-                "TypeError",
-            ) from None
+            return _encoded(function.name, await _awaited(function.call, args, kwargs))
+        outcome = await self._threads.run(functools.partial(_called, function, args, kwargs))
+        if isinstance(outcome, contexts.Encoded):
+            return outcome
+        # of a lambda around a coroutine function
+        return _encoded(function.name, await _awaited(lambda: outcome, (), {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +155,10 @@ class Function:
 
     def checked(self, arguments: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments that came out of a sandbox, for this function. Raises ToolError."""
+        if len(arguments) > ARGUMENTS_LIMIT and sum(map(arguments.count, "[{,")) > VALUES_LIMIT:
+            raise ToolError(
+                f"{self.name}() takes no more than {VALUES_LIMIT:,} values at a time", "ValueError"
+            )
         try:
             args, kwargs = json.loads(arguments)
             if not (isinstance(args, list) and isinstance(kwargs, dict)):
@@ -162,30 +167,32 @@ class Function:
             raise ToolError("these are no arguments: [by position, by name], as JSON", "TypeError") from None
         try:
             return self.check(*args, **kwargs)
-        except Exception as error:  # whatever a validator of the user's types raises is about these arguments
+        except BaseException as error:  # whatever a validator of the user's types raises is about these
             raise ToolError(f"{self.name}(): {_complaint(error, self.parameters)}", "TypeError") from None
 
 
 NO_TOOLS = Tools({}, {})
 
 
-def _entry(name: str, entry: Any) -> tuple[Any, str | None]:
-    """A tool, and its description if it has one."""
-    if not isinstance(entry, dict) or "tool" not in entry or set(entry) - {"tool", "description"}:
-        return entry, None
-    text = entry.get("description")
-    if text is not None and not isinstance(text, str):
-        raise ConfigError(f"custom_tools: the description of {name!r} is a text, not {type(text).__name__}")
-    return entry["tool"], text
-
-
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ConfigError(f"custom_tools: {name!r} is no name that a program can use")
+    if unicodedata.normalize("NFKC", name) != name:  # as Python does with every name that it reads
+        raise ConfigError(f"custom_tools: no program finds {name!r}: Python reads its letters as others")
     if name in RESERVED or _NUMBERED.fullmatch(name):
         raise ConfigError(f"custom_tools: {name!r} is the name of something that every session has")
     if name.startswith("__"):
         raise ConfigError(f"custom_tools: {name!r} is Python's own: choose a name without underscores")
+
+
+def _check_travels(name: str, value: Any) -> None:
+    try:
+        contexts.encode(value)
+    except ConfigError as error:
+        raise ConfigError(
+            f"custom_tools: {name!r}, a {type(value).__name__}, is neither a function nor data that can be "
+            "sent to a sandbox"
+        ) from error
 
 
 def _parameters(call: Callable[..., Any]) -> list[str]:
@@ -225,8 +232,11 @@ def _shown(annotation: Any) -> Any:
 
 def _plain_default(default: Any) -> Any:
     """A default that says something to whoever reads it, and nothing of the host's memory or folders."""
-    is_plain = default is inspect.Parameter.empty or isinstance(default, str | int | float | bool | None)
-    return default if is_plain and len(repr(default)) < 200 else _Text("...")
+    if default is inspect.Parameter.empty:
+        return default
+    is_plain = isinstance(default, str | int | float | bool | None)
+    is_short = is_plain and len(shown := repr(default)) < 200 and _without_paths(shown) == shown
+    return default if is_short else _Text("...")
 
 
 def _is_coroutine_function(call: Any) -> bool:
@@ -253,12 +263,11 @@ def _checker(name: str, call: Callable[..., Any]) -> Callable[..., tuple[tuple[A
     @functools.cache  # on first use: pydantic takes a while to import, and most runs have no tools
     def validator() -> Any:
         import pydantic
-        from pydantic.errors import PydanticUserError
 
         plain = _like(call, signature, collect)
         try:
             return pydantic.validate_call(config={"arbitrary_types_allowed": True})(plain)
-        except (PydanticUserError, NameError, TypeError):  # annotations that are no types
+        except Exception:  # of annotations that are no types, whatever they are
             return bound
 
     def check(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -283,18 +292,25 @@ def _like(call: Callable[..., Any], signature: inspect.Signature, collect: Calla
         return collect(*args, **kwargs)
 
     stand_in.__module__ = getattr(target, "__module__", __name__)
-    stand_in.__annotations__ = dict(getattr(target, "__annotations__", {}))
+    stand_in.__annotations__ = {
+        p.name: p.annotation for p in signature.parameters.values() if p.annotation is not p.empty
+    }
     stand_in.__signature__ = signature  # type: ignore[attr-defined]
     stand_in.__name__ = stand_in.__qualname__ = getattr(call, "__name__", "tool")
     return stand_in
 
 
-def _complaint(error: Exception, parameters: list[str]) -> str:
+def _complaint(error: BaseException, parameters: list[str]) -> str:
     """What is wrong with arguments, a clause each."""
-    problems = getattr(error, "errors", None)
-    if not callable(problems):
-        return _without_paths(str(error))
-    return "; ".join(f"{_place(p['loc'], parameters)}: {p['msg']}" for p in problems()[:20])
+    try:
+        if error.error_count() > 1000:  # type: ignore[attr-defined] # of pydantic's; else it has no such thing
+            return "much is wrong with these arguments"
+        problems = error.errors(include_url=False, include_input=False)[:20]  # type: ignore[attr-defined]
+        return "; ".join(
+            f"{_place(p['loc'], parameters)}: {_without_paths(p['msg'][:ERROR_LIMIT])}" for p in problems
+        )
+    except Exception:
+        return _words(error)
 
 
 def _place(location: tuple[int | str, ...], parameters: list[str]) -> str:
@@ -305,16 +321,19 @@ def _place(location: tuple[int | str, ...], parameters: list[str]) -> str:
     return ".".join(map(str, location)) or "the arguments"
 
 
-def _called(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _called(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In a thread: what a call returns, ready to travel, or else what is to be awaited for it."""
     try:
-        return call(*args, **kwargs)
+        value = function.call(*args, **kwargs)
     except BaseException as error:  # a sys.exit() of the user's too is no more than a call that failed
         raise _failure(error) from error
+    return value if inspect.isawaitable(value) else _encoded(function.name, value)
 
 
 async def _awaited(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
-        return await call(*args, **kwargs)
+        value = call(*args, **kwargs)
+        return await value if inspect.isawaitable(value) else value
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
@@ -324,12 +343,32 @@ async def _awaited(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         raise _failure(error) from error
 
 
+def _encoded(name: str, value: Any) -> contexts.Encoded:
+    """What a tool has returned, as it travels."""
+    try:
+        return contexts.encode(_portable(value))
+    except BaseException as error:  # whatever the value's own code does when it is taken apart
+        raise ToolError(
+            f"{name}() returned a {type(value).__name__}, which cannot be sent to a sandbox: it has to "
+            "return text, bytes, numbers, lists, dicts, or a pydantic model",
+            "TypeError",
+        ) from error
+
+
 def _failure(error: BaseException) -> ToolError:
     """An exception as it crosses into a sandbox: the name of its type, and its text."""
-    strerror = getattr(error, "strerror", None)  # of an OSError: its text, without the file's name
-    text = strerror if isinstance(strerror, str) else _without_paths(str(error))
-    name = type(error).__name__
+    name, text = type(error).__name__, _words(error)
     return ToolError(f"{name}: {text}" if text else name, name)
+
+
+def _words(error: BaseException) -> str:
+    """What an exception says, without paths of this machine."""
+    try:
+        strerror = getattr(error, "strerror", None)  # of an OSError: its text, without the file's name
+        text = strerror if isinstance(strerror, str) else str(error)
+    except BaseException as second:  # code of the user's
+        return f"(its text could not be had: {type(second).__name__})"
+    return _without_paths(text[:ERROR_LIMIT])
 
 
 _PATH = re.compile(r"(?<![\w/:.])(?:file://)?(/[^\s/:'\"<>|]+)((?:/[^\s/:'\"<>|]*)+)")
