@@ -45,6 +45,9 @@ LOAD_TIMEOUT, LOAD_SPEED = 60.0, 1 << 20
 SAVE_TIMEOUT = 60.0
 """Seconds of computing that saving or restoring a session's variables gets."""
 
+LOSSES, LOSS_CHARACTERS = 60, 400
+"""What is told of variables that could not be saved: how many, and how much of each."""
+
 RESET_TIMEOUT = 20.0
 """Seconds a sandbox gets to begin anew."""
 
@@ -422,8 +425,11 @@ class WorkerEnv(BaseEnv):
         """See `SupportsSnapshot`. What objects do when they are saved, they do as in a cell."""
         message, parts = await self._run({"keep": "save"}, snapshot.travelling(), SAVE_TIMEOUT)
         self._check_kept(message, parts, "saved")
-        lost = tuple(str(name) for name in _plain(_decode(parts.get("value", b""))) or ())
-        return Snapshot(self._python, parts.get("snapshot", b""), lost)
+        lost = _plain(_decode(parts.get("value", b"")))
+        if not isinstance(lost, list) or "snapshot" not in parts:
+            raise SandboxError("the variables cannot be saved: the sandbox does not say what they are")
+        shown = tuple(str(name)[:LOSS_CHARACTERS] for name in lost[:LOSSES])
+        return Snapshot(self._python, parts["snapshot"], shown)
 
     async def restore(self, saved: Snapshot) -> None:
         """See `SupportsSnapshot`. Saved by another Python, functions cannot be had."""

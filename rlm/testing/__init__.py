@@ -11,16 +11,9 @@ from __future__ import annotations
 import pytest
 
 for _module in (
-    "contract",
-    "calls",
-    "robustness",
-    "isolation",
-    "hygiene",
-    "protocol",
-    "runs",
-    "tools",
-    "clients",
-):
+    "contract", "calls", "robustness", "isolation", "hygiene", "protocol", "runs", "tools", "conversations",
+    "snapshots", "clients",
+):  # fmt: skip
     pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
 from .calls import Calls
@@ -33,12 +26,13 @@ from .protocol import Protocol
 from .robustness import Robustness
 from .runs import Runs
 from .sessions import Cells, Sandbox
+from .snapshots import Snapshots
 from .suite import CAPABILITIES, CONTRACT_VERSION, Suite, requires
 from .tools import HostTools
 
 
 class EnvironmentSuite(
-    Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol, Runs, HostTools, Conversations
+    Contract, Calls, Robustness, IsolationLevel, Hygiene, Protocol, Runs, HostTools, Conversations, Snapshots
 ):
     """All levels. Inherit it as ``TestSomething``, and define the fixture ``environment``."""
 
@@ -59,6 +53,7 @@ __all__ = [
     "Robustness",
     "Runs",
     "Sandbox",
+    "Snapshots",
     "Suite",
     "requires",
 ]

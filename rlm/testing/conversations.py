@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,9 +112,9 @@ class Conversations(Suite):
 
     @requires("persistence")
     def test_a_tool_works_in_every_completion(self, open_rlm: OpenRLM) -> None:
-        calls: list[int] = []
-        ask = cell("FINAL([count(5), len(llm_query('q'))])")
-        rlm = open_rlm(family(ask), custom_tools={"count": lambda n: calls.append(n) or len(calls)})
+        numbers = itertools.count(1)
+        ask = cell("FINAL([count(), len(llm_query('q'))])")
+        rlm = open_rlm(family(ask), custom_tools={"count": lambda: next(numbers)})
         with rlm.session() as session:
             assert session.completion("c", QUESTION).value == [1, 6]
             assert session.completion("c", QUESTION).value == [2, 6]
@@ -151,9 +152,8 @@ class Conversations(Suite):
             if isinstance(event, CellStarted) and "while True" in event.code:
                 rlm.cancel()
 
-        client = script(
-            cell("x = 1\nFINAL(x)"), cell("y = 1\nwhile True: pass"), cell("FINAL([globals().get('x'), context_2])")
-        )  # fmt: skip
+        loops, look = cell("y = 1\nwhile True: pass"), cell("FINAL([globals().get('x'), context_2])")
+        client = script(cell("x = 1\nFINAL(x)"), loops, look)
         rlm = open_rlm(client, on_event=on_event)
         with rlm.session() as session:
             session.completion("c")
@@ -217,7 +217,7 @@ class Conversations(Suite):
         assert rlm.completion("two").value == [False, "two"]
 
     @requires("persistence")
-    def test_closing_a_session_leaves_nothing(self, open_rlm: OpenRLM, at_rest: set[str]) -> None:
+    def test_closing_a_conversation_leaves_nothing(self, open_rlm: OpenRLM, at_rest: set[str]) -> None:
         with open_rlm(script("FINAL(1)", "FINAL(2)")).session() as session:
             session.completion("c")
             session.completion("c")

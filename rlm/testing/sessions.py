@@ -20,7 +20,7 @@ from ..errors import RLMError
 from ..repl import REPL
 from ..rlm import RLM
 
-HANG = 20
+HANG = 120
 """Seconds after which a test that is still running has failed."""
 
 CELL = 30.0
