@@ -446,6 +446,7 @@ class WorkerEnv(BaseEnv):
             assert self.session is not None
             self.session.cancel_calls()
             message = await self._command({"t": "reset"}, RESET_TIMEOUT, "begin anew")
+            self.session.cancel_calls()  # also those that were on their way
         if message.error:
             raise SandboxError(f"the sandbox cannot begin anew: {message.error}")
         self._host = None  # with all that hangs on a run which is over
@@ -453,11 +454,13 @@ class WorkerEnv(BaseEnv):
         self._counts = dict.fromkeys(self._counts, 0)
         self._lost.clear()
         self._given_is_gone = self._has_variables = False
-        self._cells = 0
+        self._cells = self._interrupted = 0
 
     async def assign(self, host: Host) -> None:
         """See `SupportsReset`."""
         assert self.session is not None
+        if not self.session.is_connected:
+            raise SandboxLost("the sandbox is gone: it ended while it had no run")
         self._host = host
         self.session.outlives_handler = host.outlives_handler
         host.handler.take_over(self.session)
