@@ -45,6 +45,9 @@ LOAD_TIMEOUT, LOAD_SPEED = 60.0, 1 << 20
 SAVE_TIMEOUT = 60.0
 """Seconds of computing that saving or restoring a session's variables gets."""
 
+PLAIN_LIMIT = 1 << 20
+"""Characters of JSON in a result; a worker sends no more. As objects they are thirty times as much."""
+
 RESET_TIMEOUT = 20.0
 """Seconds a sandbox gets to begin anew."""
 
@@ -422,8 +425,9 @@ class WorkerEnv(BaseEnv):
         """See `SupportsSnapshot`. What objects do when they are saved, they do as in a cell."""
         message, parts = await self._run({"keep": "save"}, snapshot.travelling(), SAVE_TIMEOUT)
         self._check_kept(message, parts, "saved")
-        lost = tuple(str(name) for name in _plain(_decode(parts.get("value", b""))) or ())
-        return Snapshot(self._python, parts.get("snapshot", b""), lost)
+        if "snapshot" not in parts:
+            raise SandboxError("the variables cannot be saved: the sandbox gives none")
+        return Snapshot(self._python, parts["snapshot"], _reported(parts.get("value", b"")))
 
     async def restore(self, saved: Snapshot) -> None:
         """See `SupportsSnapshot`. Saved by another Python, functions cannot be had."""
@@ -670,7 +674,7 @@ class WorkerEnv(BaseEnv):
         seconds: float,
         timeout: float | None,
     ) -> REPLResult:
-        text = {name: _decode(data) for name, data in parts.items()}
+        text = {name: _decode(data) for name, data in parts.items() if name != "snapshot"}
         lost, self._lost = tuple(self._lost), []
         return REPLResult(
             stdout=text.get("stdout", ""),
@@ -706,11 +710,17 @@ def _decode(data: bytes) -> str:
 
 
 def _plain(text: str | None) -> Any:
-    """JSON that came out of a sandbox; what is none is dropped."""
+    """JSON that came out of a sandbox; what is none, or longer than a worker sends, is dropped."""
     try:
-        return None if text is None else json.loads(text)
+        return None if text is None or len(text) > PLAIN_LIMIT else json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _reported(data: bytes) -> tuple[str, ...]:
+    """What could not be saved, as a sandbox says; a prompt has room for it."""
+    names = _plain(_decode(data))
+    return tuple(str(name)[:300] for name in names[:100]) if isinstance(names, list) else ()
 
 
 def _error(message: protocol.Result, traceback: str, overrun: float | None) -> CellError | None:
