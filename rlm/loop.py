@@ -61,6 +61,9 @@ from .tools import NO_TOOLS, Tools
 END_TIMEOUT = 10.0
 """Seconds that child runs and tools get to end, when the run that has called them is over."""
 
+SCHEMA_LIMIT = 1 << 20
+"""Characters of a schema that a cell gives: all runs wait while it is read."""
+
 Stopped = Literal["final", "plain", "max_iterations", "max_calls", "max_children", "max_tokens", "max_budget"]
 
 
@@ -522,6 +525,8 @@ class Run:
 
     async def _serve(self, call: protocol.Call, texts: list[str]) -> Answers:
         """What a cell may do is decided here, not in the frame."""
+        if not call.adds_up(len(texts)):
+            raise ConfigError("a call of other texts than it says")
         tree, limits = self._tree, self._tree.ledger.limits
         if call.fn == "budget":
             left = limits.max_depth - self._depth - 1
@@ -604,6 +609,8 @@ class Run:
 
     def _wanted(self, text: str) -> Schema:
         """What a cell wants replies to be. Raises ConfigError, which is the cell's error."""
+        if len(text) > SCHEMA_LIMIT:
+            raise ConfigError(f"the schema is longer than {SCHEMA_LIMIT:,} characters")
         try:
             named = json.loads(text)
         except (ValueError, RecursionError):
