@@ -45,6 +45,9 @@ LOAD_TIMEOUT, LOAD_SPEED = 60.0, 1 << 20
 SAVE_TIMEOUT = 60.0
 """Seconds of computing that saving or restoring a session's variables gets."""
 
+EVERYTHING = "every variable but the contexts"
+"""What did not survive, when there was nothing to go on from."""
+
 LOSSES, LOSS_CHARACTERS = 60, 400
 """What is told of variables that could not be saved: how many, and how much of each."""
 
@@ -524,7 +527,7 @@ class WorkerEnv(BaseEnv):
 
     def _losses(self, crash: protocol.Crash) -> list[str]:
         if crash.state == "lost":
-            return ["every variable but the contexts"] if self._has_variables else []
+            return [EVERYTHING] if self._has_variables else []
         return [name[:100] for name in crash.lost[:20]]
 
     def _note_crash(self, crash: protocol.Crash) -> None:
