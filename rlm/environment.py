@@ -48,6 +48,9 @@ SAVE_TIMEOUT = 60.0
 PLAIN_LIMIT = 1 << 20
 """Characters of JSON in a result; a worker sends no more. As objects they are thirty times as much."""
 
+EVERYTHING = "every variable but the contexts"
+"""What did not survive, when there was nothing to go on from."""
+
 RESET_TIMEOUT = 20.0
 """Seconds a sandbox gets to begin anew."""
 
@@ -525,7 +528,7 @@ class WorkerEnv(BaseEnv):
 
     def _losses(self, crash: protocol.Crash) -> list[str]:
         if crash.state == "lost":
-            return ["every variable but the contexts"] if self._has_variables else []
+            return [EVERYTHING] if self._has_variables else []
         return [name[:100] for name in crash.lost[:20]]
 
     def _note_crash(self, crash: protocol.Crash) -> None:
