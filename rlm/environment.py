@@ -475,9 +475,7 @@ class WorkerEnv(BaseEnv):
 
     async def put(self, name: str, value: Any) -> None:
         """Put a value into the namespace under a name that is restored after each cell."""
-        self._given.pop(
-            (name,), None
-        )  # it is the latest of what is given again, should the name be another's too
+        self._given.pop((name,), None)  # what is given last wins, also when all is given again
         await self._give((name,), value)
 
     # -- talking to the worker
