@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from .events import Trace as Trace
     from .handler import LMHandler as LMHandler
     from .limits import Limits as Limits
-    from .rlm import REPL as REPL
+    from .repl import REPL as REPL
+    from .repl import open_repl as open_repl
     from .rlm import RLM as RLM
     from .rlm import RLMChatCompletion as RLMChatCompletion
-    from .rlm import open_repl as open_repl
     from .snapshot import Snapshot as Snapshot
 
 __version__ = "0.1.0"
@@ -57,7 +57,7 @@ _HOME = {
     "LMHandler": "handler",
     "Limits": "limits",
     "Message": "client",
-    "REPL": "rlm",
+    "REPL": "repl",
     "REPLResult": "environment",
     "RLM": "rlm",
     "RLMChatCompletion": "rlm",
@@ -74,7 +74,7 @@ _HOME = {
     "Usage": "client",
     "UsageSummary": "client",
     "WorkerEnv": "environment",
-    "open_repl": "rlm",
+    "open_repl": "repl",
 }
 
 __all__ = sorted(_HOME)

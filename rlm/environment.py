@@ -48,6 +48,9 @@ SAVE_TIMEOUT = 60.0
 PLAIN_LIMIT = 1 << 20
 """Characters of JSON in a result; a worker sends no more. As objects they are thirty times as much."""
 
+LOSSES, LOSS_CHARACTERS = 60, 400
+"""What is told of variables that could not be saved: how many, and how much of each."""
+
 RESET_TIMEOUT = 20.0
 """Seconds a sandbox gets to begin anew."""
 
@@ -425,9 +428,11 @@ class WorkerEnv(BaseEnv):
         """See `SupportsSnapshot`. What objects do when they are saved, they do as in a cell."""
         message, parts = await self._run({"keep": "save"}, snapshot.travelling(), SAVE_TIMEOUT)
         self._check_kept(message, parts, "saved")
-        if "snapshot" not in parts:
-            raise SandboxError("the variables cannot be saved: the sandbox gives none")
-        return Snapshot(self._python, parts["snapshot"], _reported(parts.get("value", b"")))
+        lost = _plain(_decode(parts.get("value", b"")))
+        if not isinstance(lost, list) or "snapshot" not in parts:
+            raise SandboxError("the variables cannot be saved: the sandbox does not say what they are")
+        shown = tuple(str(name)[:LOSS_CHARACTERS] for name in lost[:LOSSES])
+        return Snapshot(self._python, parts["snapshot"], shown)
 
     async def restore(self, saved: Snapshot) -> None:
         """See `SupportsSnapshot`. Saved by another Python, functions cannot be had."""
@@ -715,12 +720,6 @@ def _plain(text: str | None) -> Any:
         return None if text is None or len(text) > PLAIN_LIMIT else json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _reported(data: bytes) -> tuple[str, ...]:
-    """What could not be saved, as a sandbox says; a prompt has room for it."""
-    names = _plain(_decode(data))
-    return tuple(str(name)[:300] for name in names[:100]) if isinstance(names, list) else ()
 
 
 def _error(message: protocol.Result, traceback: str, overrun: float | None) -> CellError | None:

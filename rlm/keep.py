@@ -25,7 +25,10 @@ SMALL = 1 << 10
 NAMED = 50
 """Things that were lost and are named one by one."""
 
-SKIPPED = frozenset(("__builtins__", "__name__", "__doc__", "__loader__", "__package__", "__spec__", "_"))
+SKIPPED = frozenset(
+    ("__builtins__", "__name__", "__doc__", "__loader__", "__package__", "__spec__", "_", "answer")
+)
+"""What a namespace has of itself, and ``answer``, which is its completion's."""
 
 
 class Keeper:
@@ -91,6 +94,8 @@ class Keeper:
 
         with self._importable():
             values = Unpickler(io.BytesIO(data)).load()
+        if type(values) is not dict or not all(type(name) is str for name in values):
+            raise ValueError("these are no variables")
         names.update(values)
         names["__builtins__"] = builtins
         return _listed(sorted(values))

@@ -9,28 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import itertools
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol, cast
 
 from . import context as contexts
-from . import prompts, protocol
+from . import prompts
 from .answers import AnswerCheck
 from .client import Message, Reply
-from .compaction import Compaction, SupportsPut, Threshold, shared
+from .compaction import Compaction, SupportsPut, shared
+from .desk import Desk, Outcome, Stopped
 from .environment import BaseEnv, Host, Isolation, REPLResult
 from .errors import (
-    BadRequest,
-    Cancelled,
-    ConfigError,
     ErrorThresholdExceeded,
-    InvalidReply,
     LimitExceeded,
-    MaxDepthExceeded,
     MaxIterationsExceeded,
     RLMError,
 )
@@ -41,7 +34,6 @@ from .events import (
     CellOutput,
     CellStarted,
     Compacted,
-    EventBus,
     LimitReached,
     Restored,
     RunFinished,
@@ -49,91 +41,11 @@ from .events import (
     SandboxStarted,
     Warned,
 )
-from .handler import Caller, LMHandler
-from .ledger import Ledger
+from .handler import Caller
 from .parsing import CodeBlock, ParsedReply, parse_reply
-from .pool import Environments, nobody
-from .schemas import Schema, Schemas
-from .session import Answers
-from .slots import Slot, Slots
-from .tools import NO_TOOLS, Tools
-
-END_TIMEOUT = 10.0
-"""Seconds that child runs and tools get to end, when the run that has called them is over."""
-
-SCHEMA_LIMIT = 1 << 20
-"""Characters of a schema that a cell gives: all runs wait while it is read."""
-
-Stopped = Literal["final", "plain", "max_iterations", "max_calls", "max_children", "max_tokens", "max_budget"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a run ended, when it ended well."""
-
-    response: str
-    value: Any
-    stopped: Stopped
-    iterations: int
-    parsed: Any = None
-    """The answer as the type that was asked for."""
-
-
-@dataclasses.dataclass(eq=False)
-class Tree:
-    """What all runs of one completion share."""
-
-    handler: LMHandler
-    ledger: Ledger
-    events: EventBus
-    environments: Environments
-    environment_name: str = ""
-    backend_name: str = ""
-    system_prompt: str | None = None
-    advice: bool = True
-    """Whether the system prompt says how to go about it."""
-    prologue: str | None = None
-    """What the root's first message says besides."""
-    width: int = 1
-    """Child runs at work at a time."""
-    tools: Tools = NO_TOOLS
-    sub_tools: Tools = NO_TOOLS
-    """Those of child runs."""
-    schemas: Schemas = dataclasses.field(default_factory=Schemas)
-    """What cells may ask for by name."""
-    schema_retries: int = 0
-    compaction: Threshold | None = None
-    """When conversations are summed up; None is never."""
-    numbers: Any = dataclasses.field(default_factory=lambda: itertools.count(1))
-
-    def __post_init__(self) -> None:
-        self.slots = Slots(self.width)
-        self._task: asyncio.Task[Any] | None = None
-        self._is_cancelled = False
-
-    def cancel(self) -> None:
-        """End the whole tree with `Cancelled`."""
-        if self._task is not None:
-            self._is_cancelled = True
-            self._task.cancel()
-
-    @contextlib.asynccontextmanager
-    async def cancellable(self) -> AsyncIterator[None]:
-        """Around the root's run: what `cancel` ends is an error of ours, with all that such a one carries."""
-        self._task = asyncio.current_task()
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self._is_cancelled or self._task is None:
-                raise
-            self._task.uncancel()
-            raise Cancelled("the run was cancelled") from None
-        finally:
-            self._task = None
-
-    def next_run_id(self) -> str:
-        """A name for a run, unique in its tree."""
-        return f"run-{next(self.numbers)}"
+from .pool import Environments
+from .schemas import Schema
+from .tree import Tree
 
 
 class Turn(Protocol):
@@ -179,8 +91,6 @@ class Run:
         self._notes = notes
         self._check = check or AnswerCheck()
         self._turn = turn
-        self._tools = tree.sub_tools if depth else tree.tools
-        self._slot = Slot(tree.slots, depth)
         self._messages: list[Message] = []
         self._sent: list[Message] = []
         self._compaction = Compaction() if tree.compaction is not None else None
@@ -188,8 +98,9 @@ class Run:
         self._cells = 0
         self._failed_turns = 0
         self._env: BaseEnv | None = None
-        self._serving: set[asyncio.Task[Any]] = set()
-        self._is_over = False
+        self._desk = Desk(
+            tree, self._caller("sub"), child=self._run_child, iterations_left=self._iterations_left
+        )
         self.partial: str | None = None
         """The best answer so far, should the run end early."""
 
@@ -229,12 +140,12 @@ class Run:
             async with guard, asyncio.timeout(seconds) as scope:
                 if self._tree.ledger.limits.max_depth == 0:
                     return await self._plain()
-                async with self._slot, contextlib.AsyncExitStack() as stack:
+                async with self._desk.slot, contextlib.AsyncExitStack() as stack:
                     await self._start_environment(stack)
                     try:
                         return await self._loop()
                     finally:
-                        await self._end_calls()
+                        await self._desk.close()
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -250,7 +161,7 @@ class Run:
 
     async def _start_environment(self, stack: contextlib.AsyncExitStack) -> None:
         start = time.perf_counter()
-        host = Host(self._tree.handler, self.serve, self._on_output, self._id, self._tools)
+        host = Host(self._tree.handler, self._desk.serve, self._on_output, self._id, self._desk.tools)
         if self._turn is None:
             self._env = await stack.enter_async_context(self._tree.environments.lend(host))
             await self._env.add_context(self._context)
@@ -305,8 +216,8 @@ class Run:
         if system is None:
             advice = f"{prompts.text('advice')} " if tree.advice else ""
             system = prompts.fill("system", more=self._abilities(), advice=advice)
-        elif self._tools:
-            system = f"{system}\n\n{prompts.fill('tools', tools=self._tools.described())}"
+        elif self._desk.tools:
+            system = f"{system}\n\n{prompts.fill('tools', tools=self._desk.tools.described())}"
         first = prompts.fill(
             "first",
             question=self._question or prompts.text("no_question"),
@@ -320,14 +231,14 @@ class Run:
     def _abilities(self) -> str:
         """What this run can do besides what every run can, for the system prompt."""
         parts = []
-        if self._can_recurse:
+        if self._desk.can_recurse:
             parts.append(prompts.text("recursion"))
         if self._compaction is not None and isinstance(self._env, SupportsPut):
             parts.append(prompts.text("history"))
         if names := self._tree.schemas.names:
             parts.append(prompts.fill("schemas", names=", ".join(f"`{name}`" for name in names)))
-        if self._tools:
-            parts.append(prompts.fill("tools", tools=self._tools.described()))
+        if self._desk.tools:
+            parts.append(prompts.fill("tools", tools=self._desk.tools.described()))
         return "".join(f"{part}\n" for part in parts)
 
     def _what_there_is(self) -> str:
@@ -336,10 +247,6 @@ class Run:
         if self._turn is None:
             return prompts.fill("context", variable="context", context=described)
         return self._turn.told(described)
-
-    @property
-    def _can_recurse(self) -> bool:
-        return self._depth + 1 < self._tree.ledger.limits.max_depth
 
     @property
     def history(self) -> list[dict[str, str]]:
@@ -496,105 +403,15 @@ class Run:
                 used=self._failed_turns,
             )
 
-    # -- serving the cells
+    # -- what cells start, and print
 
-    async def serve(self, call: protocol.Call, texts: list[str]) -> Answers:
-        """Answer what a cell of this run calls, for as long as there is the run."""
-        task = asyncio.current_task()
-        assert task is not None
-        if self._is_over:
-            return await nobody(call, texts)
-        self._serving.add(task)
-        try:
-            return await self._serve(call, texts)
-        except asyncio.CancelledError:
-            if not self._is_over:
-                raise
-            task.uncancel()  # whoever waits in the sandbox is told
-            return await nobody(call, texts)
-        finally:
-            self._serving.discard(task)
+    def _iterations_left(self) -> int:
+        return self._tree.ledger.limits.max_iterations - self._iteration
 
-    async def _end_calls(self) -> None:
-        """The run is over: so is what cells have called and still wait for, child runs above all."""
-        self._is_over = True
-        for task in self._serving:
-            task.cancel()
-        if self._serving:
-            await asyncio.wait(self._serving, timeout=END_TIMEOUT)
-
-    async def _serve(self, call: protocol.Call, texts: list[str]) -> Answers:
-        """What a cell may do is decided here, not in the frame."""
-        if not call.adds_up(len(texts)):
-            raise ConfigError("a call of other texts than it says")
-        tree, limits = self._tree, self._tree.ledger.limits
-        if call.fn == "budget":
-            left = limits.max_depth - self._depth - 1
-            return [json.dumps(tree.ledger.budget(limits.max_iterations - self._iteration, left))]
-        if call.fn == "tool":
-            return [await self._tools.call(call.tool, texts[0])]
-        schema = self._wanted(texts.pop()) if call.schema else None
-        if call.fn == "llm_query":
-            return await self._answer_all(call, texts, lambda p, c: self._ask_model(p, c, call.model, schema))
-        if not self._can_recurse:
-            self._check_depth()
-            return await self._answer_all(call, texts, lambda p, c: self._ask_model(p, c, call.model, schema))
-        async with self._slot.aside():
-            return await self._answer_all(
-                call, texts, lambda p, c: self._ask_child(p, c, call.model, schema), tree.width
-            )
-
-    async def _answer_all(
-        self,
-        call: protocol.Call,
-        texts: list[str],
-        ask: Callable[[str, str | None], Awaitable[str]],
-        width: int | None = None,
-    ) -> Answers:
-        """An answer to each prompt of a call, which may have a context each."""
-        half = len(texts) // 2 if call.contexts else len(texts)
-        given: list[str | None] = [*texts[half:]] if call.contexts else [None] * half
-        items = list(zip(texts[:half], given, strict=True))
-        if not call.batch:
-            return [await ask(*item) for item in items]
-        handler = self._tree.handler
-        return await handler.each(items, lambda item: ask(*item), width or handler.concurrency)
-
-    async def _ask_model(
+    async def _run_child(
         self, prompt: str, context: str | None, model: str | None, schema: Schema | None
-    ) -> str:
-        """One plain call; with a schema as many as it takes, and the reply as JSON."""
-        prompt = prompt if context is None else f"{prompt}\n\n{context}"
-        if schema is None:
-            return (await self._call_model([Message("user", prompt)], model)).text
-        messages = [Message("user", f"{prompt}\n\n{prompts.fill('schema', schema=schema.text)}")]
-        complaint: str | None = None
-        for _ in range(self._tree.schema_retries + 1):
-            text = (await self._call_model(messages, model, schema)).text
-            # a hostile schema takes a while, and holds up no other run
-            value, complaint = await asyncio.to_thread(schema.parse, text)
-            if complaint is None:
-                return json.dumps(schema.plain(value))
-            again = prompts.fill("schema_again", reason=complaint)
-            messages += [Message("assistant", text), Message("user", again)]
-        raise InvalidReply(f"the reply does not fit the schema: {complaint}")
-
-    async def _call_model(
-        self, messages: Sequence[Message], model: str | None, schema: Schema | None = None
-    ) -> Reply:
-        handler, caller = self._tree.handler, self._caller("sub")
-        if schema is not None:
-            try:
-                return await handler.complete(messages, caller, model=model, schema=json.loads(schema.text))
-            except BadRequest as error:
-                if type(error) is not BadRequest:
-                    raise  # else: a provider that knows only a part of what a schema may say
-        return await handler.complete(messages, caller, model=model)
-
-    async def _ask_child(
-        self, prompt: str, context: str | None, model: str | None, schema: Schema | None
-    ) -> str:
-        self._tree.ledger.reserve_child()
+    ) -> Outcome:
+        """A child run on ``prompt``, which without a context is one."""
         child = Run(
             self._tree,
             prompt if context is None else context,
@@ -604,27 +421,7 @@ class Run:
             model=model,
             check=AnswerCheck(schema=schema),
         )
-        outcome = await child.run()
-        return outcome.response if schema is None else json.dumps(schema.plain(outcome.parsed))
-
-    def _wanted(self, text: str) -> Schema:
-        """What a cell wants replies to be. Raises ConfigError, which is the cell's error."""
-        if len(text) > SCHEMA_LIMIT:
-            raise ConfigError(f"the schema is longer than {SCHEMA_LIMIT:,} characters")
-        try:
-            named = json.loads(text)
-        except (ValueError, RecursionError):
-            raise ConfigError("the schema is no JSON") from None
-        return self._tree.schemas.of(named)
-
-    def _check_depth(self) -> None:
-        limits = self._tree.ledger.limits
-        if limits.on_max_depth == "raise":
-            raise MaxDepthExceeded(
-                f"a child run would be deeper than max_depth={limits.max_depth}: use llm_query",
-                limit=limits.max_depth,
-                used=self._depth + 1,
-            )
+        return await child.run()
 
     def _on_output(self, stream: str, text: str) -> None:
         self._emit(CellOutput, cell=self._cells, stream=stream, text=text)

@@ -10,13 +10,29 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
-from . import protocol
+from . import plugins, protocol
 from .environment import BaseEnv, Host, SupportsReset
-from .errors import ModelError, RLMError
+from .errors import ConfigError, ModelError, RLMError
 from .session import Answers
 
 log = logging.getLogger("rlm")
+
+
+def environment_factory(environment: Any, settings: dict[str, Any]) -> Callable[[], BaseEnv]:
+    """How to make a fresh environment from a name, a class, or an instance that serves as a pattern."""
+    if isinstance(environment, BaseEnv):
+        if settings:
+            raise ConfigError("environment_kwargs have no use with an environment object: give them to it")
+        return environment.fresh
+    kind = plugins.load("rlm.environments", environment) if isinstance(environment, str) else environment
+    if not callable(kind):
+        raise ConfigError(
+            f"environment={environment!r}: give a name (see `rlm environments`), a BaseEnv, or its class"
+        )
+    what = f"environment {environment!r}" if isinstance(environment, str) else "the environment"
+    return lambda: plugins.construct(kind, settings, what)
 
 
 async def nobody(call: protocol.Call, texts: list[str]) -> Answers:

@@ -1,7 +1,6 @@
 """RLM: the public face, in three forms: synchronous, asynchronous, streaming.
 
-And `open_repl`, an environment without a loop around it. Whatever the form, the work
-happens on the core's one event loop.
+Whatever the form, the work happens on the core's one event loop.
 """
 
 from __future__ import annotations
@@ -15,21 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import context as contexts
-from . import hostloop, plugins, protocol
+from . import hostloop
 from .answers import AnswerCheck
-from .backends import Backends, client_of, connect, name_of
+from .backends import Backends, connect, name_of
 from .client import UsageSummary
 from .compaction import Threshold
-from .environment import BaseEnv, Host, Isolation, REPLResult, SupportsPersistence
+from .desk import Stopped
+from .environment import BaseEnv, Host, Isolation, SupportsPersistence
 from .errors import ConfigError
 from .events import AnyEvent, EventBus, JSONLWriter, Subscriber, Trace
 from .handler import LMHandler
 from .ledger import Ledger
-from .loop import Run, Stopped, Tree, Turn
-from .pool import Environments, nobody
+from .loop import Run, Turn
+from .pool import Environments, environment_factory, nobody
 from .schemas import Schemas
-from .session import Answers
 from .tools import Tools
+from .tree import Tree
 
 if TYPE_CHECKING:
     from .config import Config
@@ -376,116 +376,3 @@ class RLM:
         if self.config.max_budget is not None:
             self._backends.check_prices()
         return self._backends, notes
-
-
-class REPL:
-    """An environment without a loop: run cells in a sandbox from ordinary code.
-
-    A context manager. ``llm_query`` in a cell raises, unless a ``backend`` is given.
-    """
-
-    def __init__(
-        self,
-        environment: Any,
-        backend: Any,
-        settings: dict[str, Any],
-        on_output: Callable[[str, str], None],
-        custom_tools: dict[str, Any] | None = None,
-    ) -> None:
-        self._new = environment_factory(environment, settings)
-        self._tools = Tools.parse(custom_tools)
-        client = client_of(backend, {}) if backend is not None else None
-        self._backends = Backends.of(client, owned=client is not backend)
-        self._on_output = on_output
-        self._env: BaseEnv | None = None
-        self._handler: LMHandler | None = None
-
-    def __enter__(self) -> REPL:
-        hostloop.run(self._start())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def execute(self, code: str, *, timeout: float | None = None) -> REPLResult:
-        """Run one cell. ``timeout`` is in seconds of computing; None waits for ever."""
-        return hostloop.run(self._started().execute(code, timeout=timeout))
-
-    def add_context(self, value: Any) -> int:
-        """Put data (or the content of Paths) into the session as ``context_N``. Returns N."""
-        return hostloop.run(self._started().add_context(contexts.resolve(value)))
-
-    def close(self) -> None:
-        """End the session and leave nothing behind. Safe to call twice."""
-        hostloop.run(self._stop())
-
-    @property
-    def isolation(self) -> Isolation:
-        """What stands between the cells and this process."""
-        return self._started().isolation
-
-    def _started(self) -> BaseEnv:
-        if self._env is None:
-            raise ConfigError("the session is not open: use `with open_repl(...) as repl:`")
-        return self._env
-
-    async def _start(self) -> None:
-        from .limits import Limits  # pydantic, which whoever runs cells without models need not wait for
-
-        ledger, events = Ledger(Limits(max_depth=1)), EventBus()
-        await self._backends.prepare()
-        self._handler = await LMHandler(self._backends, ledger, events).__aenter__()
-        tree = Tree(self._handler, ledger, events, Environments(self._new), tools=self._tools)
-        env = self._new()
-        self._run = Run(tree, "", None)
-        try:
-            await env.start(Host(self._handler, self._serve, self._on_output, tools=self._tools))
-        except BaseException:
-            await env.close()
-            await self._handler.__aexit__()
-            raise
-        self._env = env
-
-    async def _serve(self, call: protocol.Call, texts: list[str]) -> Answers:
-        return await self._run.serve(call, texts)
-
-    async def _stop(self) -> None:
-        env, self._env = self._env, None
-        handler, self._handler = self._handler, None
-        if env is not None:
-            await env.close()
-        if handler is not None:
-            await handler.__aexit__()
-        await self._backends.aclose()
-
-
-def open_repl(
-    environment: Any = "local",
-    *,
-    backend: Any = None,
-    on_output: Callable[[str, str], None] = lambda stream, text: None,
-    custom_tools: dict[str, Any] | None = None,
-    **settings: Any,
-) -> REPL:
-    """A sandbox to run cells in: ``with open_repl("local") as repl: repl.execute("x = 1")``.
-
-    ``settings`` go to the environment's constructor; ``backend`` answers what cells ask, and is
-    what an RLM takes for one (a name, a BaseLM, a function); ``on_output`` is told what a running
-    cell prints, as (stream, text); ``custom_tools`` are functions and data that cells find by name.
-    """
-    return REPL(environment, backend, settings, on_output, custom_tools)
-
-
-def environment_factory(environment: Any, settings: dict[str, Any]) -> Callable[[], BaseEnv]:
-    """How to make a fresh environment from a name, a class, or an instance that serves as a pattern."""
-    if isinstance(environment, BaseEnv):
-        if settings:
-            raise ConfigError("environment_kwargs have no use with an environment object: give them to it")
-        return environment.fresh
-    kind = plugins.load("rlm.environments", environment) if isinstance(environment, str) else environment
-    if not callable(kind):
-        raise ConfigError(
-            f"environment={environment!r}: give a name (see `rlm environments`), a BaseEnv, or its class"
-        )
-    what = f"environment {environment!r}" if isinstance(environment, str) else "the environment"
-    return lambda: plugins.construct(kind, settings, what)

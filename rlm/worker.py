@@ -63,7 +63,10 @@ FORWARD_TIMEOUT = 5.0
 READY_TIMEOUT = 5.0
 """Seconds a standby, or a new executor, has to report before another takes its place."""
 
-VACANCY = 0.05
+BEGIN_TIMEOUT = 3.0
+"""Seconds an executor has to leave a copy and begin a cell, which is not killed before that."""
+
+VACANCY = 0.3
 """Seconds that a session without an executor waits for its next run: one may come at once, or none."""
 
 CROWD = 8
@@ -256,6 +259,9 @@ class Supervisor:
         self._restarts = 0
         self._ready_by = 0.0
         self._obituary: dict[str, Any] | None = None
+        self._doomed: int | None = None
+        """The cell that is to be killed, as soon as it has begun."""
+        self._doomed_by = 0.0
         self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
         self._memory_kills = _out_of_memory_kills()
         self._incoming: Incoming | None = None
@@ -319,7 +325,7 @@ class Supervisor:
         theirs.close()
         standby_theirs.close()
         self._executor = pid
-        self._slot.pid = 0
+        self._slot.pid = self._slot.cell = 0
         self._standby_socket = standby_ours
         self._attach(ours)
 
@@ -347,6 +353,8 @@ class Supervisor:
             timeout = min(timeout, READY_TIMEOUT)
         if self._vacant_until is not None:
             timeout = min(timeout, VACANCY)
+        if self._doomed is not None:
+            timeout = 0.001
         for fd, _ in self._poll.poll(1000 * timeout):
             if fd == channel:
                 self._read_executor(channel)
@@ -363,6 +371,7 @@ class Supervisor:
             self._recover(self._crash)
         if self._vacant_until is not None and time.monotonic() > self._vacant_until:
             self._end_vacancy()
+        self._kill_doomed()
         self._stream()
 
     def _time_left(self) -> float:
@@ -411,7 +420,8 @@ class Supervisor:
                     _signal(self._executor, signal.SIGINT)
         elif kind == "kill":
             if self._cell == message["id"] and self._crash is None:
-                self._recover({"cause": "killed", "code": 0})
+                self._doomed, self._doomed_by = self._cell, time.monotonic() + BEGIN_TIMEOUT
+                self._kill_doomed()
         elif self._crash is not None and kind in ("execute", "load", "part"):
             # until the dead cell's output and end are reported, nothing new may print
             self._held.append((message, header, blobs))
@@ -437,6 +447,16 @@ class Supervisor:
             elif kind == "load":
                 self._loading.append(message["id"])
             self._tell_executor(wire.join(header, blobs))
+
+    def _kill_doomed(self) -> None:
+        """Kill the cell that is to be killed, once there is a copy of what was before it."""
+        if self._doomed is None:
+            return
+        if self._doomed != self._cell or self._crash is not None:
+            self._doomed = None  # it has ended by itself
+        elif self._slot.cell == self._doomed or time.monotonic() > self._doomed_by:
+            self._doomed = None
+            self._recover({"cause": "killed", "code": 0})
 
     def _tell_executor(self, frame: bytes) -> None:
         try:
@@ -843,11 +863,21 @@ def _adds_up(call: dict[str, Any], count: int) -> bool:
 class StandbySlot:
     """Where an executor notes who its standby is, for a supervisor that it cannot tell any more.
 
-    A page shared by both. What a hostile cell writes there costs it its own standby.
+    A page shared by both. What a hostile cell writes there costs it its own standby, or spares
+    it for `BEGIN_TIMEOUT`.
     """
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
+
+    @property
+    def cell(self) -> int:
+        """The last cell that has begun; its standby is as all was before it."""
+        return int(struct.unpack_from("=q", self._page, 8)[0])
+
+    @cell.setter
+    def cell(self, value: int) -> None:
+        struct.pack_into("=q", self._page, 8, value)
 
     @property
     def pid(self) -> int:
@@ -1497,8 +1527,9 @@ class Executor:
                 is_settled = True
             message, blobs, descriptor = self._calls.command()
             if message["t"] == "execute":
-                if self._is_stale:
-                    self._fork_standby()
+                if self._is_stale and self._fork_standby():
+                    continue  # this is the copy, which took over because of this very cell
+                self._slot.cell = message["id"]
                 is_settled = self._execute(message, blobs)
                 if not is_settled:
                     self._fork_standby()
@@ -1518,20 +1549,20 @@ class Executor:
 
     # -- the standby
 
-    def _fork_standby(self, ask_for_room: bool = True) -> None:
-        """Leave a sleeping copy of this process; it replaces the one before."""
+    def _fork_standby(self, ask_for_room: bool = True) -> bool:
+        """Leave a sleeping copy of this process; it replaces the one before. True in the copy, once woken."""
         self._is_stale = False
         if not (self._rollback and _has_room()):
-            return  # a copy of a process without memory could not even wake up: the older one stays
+            return False  # a copy of a process without memory could not even wake up: the older one stays
         try:
             pid = _fork(self._standby_socket.fileno())
         except OSError:  # at the process limit; the older copy stays until there is room
             if ask_for_room:
                 self._calls.send({"t": "crowded"})
-            return
+            return False
         if pid == 0:
             self._take_over()
-            return
+            return True
         self._slot.pid = pid
         if self._standby:
             _signal(self._standby, signal.SIGKILL)
@@ -1541,6 +1572,7 @@ class Executor:
         self._dying = [old for old in self._dying[:-1] if not _reap(old)] + self._dying[-1:]
         if not self._calls.pending():
             self._warm_up()
+        return False
 
     def _warm_up(self) -> None:
         """Touch what the next cell will touch: after a fork, the first write to each page copies it."""

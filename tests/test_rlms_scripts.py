@@ -51,6 +51,137 @@ def test_a_script_finds_what_stands_in_a_long_context(providers: ModelServer, tm
     assert len([*(tmp_path / "logs").glob("rlm_*.jsonl")]) == 1
 
 
+# --- further scripts -----------------------------------------------------------------------------
+
+USE_TOOLS = """
+import os
+from rlm import RLM
+
+def price_of(fruit: str) -> float:
+    \"\"\"What a fruit costs.\"\"\"
+    return {"apple": 0.5, "pear": 0.75}[fruit]
+
+rlm = RLM(
+    backend="portkey",
+    backend_kwargs={"model_name": "@openai/gpt-5-nano", "api_key": os.getenv("PORTKEY_API_KEY")},
+    environment="local",
+    custom_tools={
+        "price_of": {"tool": price_of, "description": "What a fruit costs, in dollars"},
+        "BASKET": {"tool": {"apple": 4, "pear": 2}, "description": "How many there are of each"},
+    },
+    custom_sub_tools={},
+)
+print(rlm.completion("What does the basket cost?").response)
+"""
+
+
+def test_a_script_gives_its_functions_and_data_to_cells(providers: ModelServer, tmp_path: Path) -> None:
+    say(providers, "```repl\nFINAL(sum(n * price_of(fruit) for fruit, n in BASKET.items()))\n```")
+    assert run_script(USE_TOOLS, tmp_path) == "3.5\n"
+    system = providers.seen[0].body["messages"][0]["content"]
+    assert "What a fruit costs, in dollars" in system
+    assert "How many there are of each" in system
+
+
+KEEP_TALKING = """
+import os
+from rlm import RLM
+
+with RLM(
+    backend="openai",
+    backend_kwargs={"model_name": "gpt-5-nano", "api_key": os.getenv("OPENAI_API_KEY")},
+    persistent=True,
+) as rlm:
+    for text in ("first", "second"):
+        print(rlm.completion(text, root_prompt="What is new?").response)
+"""
+
+
+def test_a_script_goes_on_where_it_stopped(providers: ModelServer, tmp_path: Path) -> None:
+    """What cells of one completion made is there in the next, with its contexts and what was said."""
+    first = "```repl\nseen = [context]\nanswer['content'] = seen\nanswer['ready'] = True\n```"
+    second = (
+        "```repl\nseen += [context_1, history[0]['role']]\n"
+        "answer['content'] = seen\nanswer['ready'] = True\n```"
+    )
+    say(providers, first, second)
+    assert run_script(KEEP_TALKING, tmp_path) == "['first']\n['first', 'second', 'system']\n"
+
+
+FORGET_NOTHING = """
+import os
+from rlm import RLM
+from rlm.logger import RLMLogger
+
+rlm = RLM(
+    backend="portkey",
+    backend_kwargs={"model_name": "@openai/gpt-5-nano", "api_key": os.getenv("PORTKEY_API_KEY")},
+    environment="local",
+    environment_kwargs={},
+    max_iterations=12,
+    compaction=True,
+    compaction_threshold_pct=0.02,
+    logger=RLMLogger(),
+)
+print(rlm.completion("Count.", root_prompt="Count.").response)
+"""
+
+
+def test_a_script_finds_in_history_what_was_summed_up(providers: ModelServer, tmp_path: Path) -> None:
+    def reply(seen: Seen) -> Behaviour:
+        said = [message["content"] for message in seen.body["messages"]]
+        if said[-1].endswith("no answer in it is taken."):
+            return Behaviour(text="I printed a number.", usage=None)
+        if "I printed a number." in said:
+            code = "shown = [m['content'] for m in history if m.get('role') == 'user']\nprint(len(shown))"
+            told = "next(text for text in shown if 'NUMBER=' in text).split('NUMBER=')[1][:4]"
+            return Behaviour(text=f"```repl\n{code}\nFINAL({told})\n```", usage=None)
+        return Behaviour(text="```repl\nprint('NUMBER=' + str(41 * 41), 'x' * 8000)\n```", usage=None)
+
+    providers.reply = reply
+    assert run_script(FORGET_NOTHING, tmp_path) == "1681\n"
+
+
+WALK_THE_TREE = """
+import json, os
+from rlm import RLM
+from rlm.logger import RLMLogger
+
+def walk(metadata, depth=0):
+    for number, iteration in enumerate(metadata.get("iterations", []), 1):
+        for block in iteration.get("code_blocks", []):
+            for call in block.get("result", {}).get("rlm_calls", []):
+                print("  " * depth, number, call.get("root_model"), call.get("response", "")[:80])
+                if call.get("metadata"):
+                    walk(call["metadata"], depth + 1)
+
+rlm = RLM(
+    backend="portkey",
+    backend_kwargs={"model_name": "@openai/gpt-5-nano", "api_key": os.getenv("PORTKEY_API_KEY")},
+    environment="local",
+    max_depth=2,
+    max_iterations=3,
+    logger=RLMLogger(),
+)
+result = rlm.completion("Ask two children.")
+walk(result.metadata)
+usage = result.usage_summary.model_usage_summaries["@openai/gpt-5-nano"]
+print(usage.total_calls, usage.total_input_tokens, usage.total_cost, result.execution_time > 0)
+json.dumps(result.metadata)
+"""
+
+
+def test_a_script_walks_down_to_what_its_children_did(providers: ModelServer, tmp_path: Path) -> None:
+    providers.reply = depth_two
+    assert run_script(WALK_THE_TREE, tmp_path).splitlines() == [
+        " 1 @openai/gpt-5-nano one: a leaf",
+        "   1 @openai/gpt-5-nano a leaf",
+        " 1 @openai/gpt-5-nano two: a leaf",
+        "   1 @openai/gpt-5-nano a leaf",
+        "5 35 None True",
+    ]
+
+
 # --- the logger ----------------------------------------------------------------------------------
 
 

@@ -215,7 +215,7 @@ def test_types_are_shown_without_their_modules() -> None:
 @pytest.mark.parametrize(
     "default",
     [object(), Path("/home/me/x"), "/home/me/secret.db", "file:///etc/passwd", ["/tmp/x/y"], "x" * 300, len],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_a_default_tells_nothing_of_this_machine(default: Any) -> None:
     def f(a=default): ...  # type: ignore[no-untyped-def]

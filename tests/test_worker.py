@@ -98,6 +98,25 @@ def test_crashes_in_a_row_are_each_rolled_back(worker: Worker) -> None:
     assert worker.execute(20, "x")[1]["value"] == b"1"
 
 
+def test_a_cell_that_dies_after_an_answer_is_not_run_again_by_the_copy(worker: Worker) -> None:
+    """The copy of what was before it is made when the cell is there already."""
+    worker.execute(1, "x = 1\nFINAL(x)")
+    message, _ = worker.execute(2, "import os\nprint('ran', flush=True)\nos._exit(3)")
+    assert message["crash"] == {"cause": "exit", "code": 3, "state": "restored", "lost": []}
+    message, parts = worker.execute(3, "x")
+    assert (parts, message.get("crash")) == ({"echo": b"1", "value": b"1"}, None)
+
+
+def test_a_cell_that_is_killed_as_it_comes_costs_nothing_that_was_there_before(worker: Worker) -> None:
+    for number in range(1, 20, 2):
+        worker.execute(number, f"x = {number}\nFINAL(x)")
+        frames = wire.encode({"t": "execute", "id": number + 1}, [b"while True: pass"])
+        worker.socket.sendall(frames + wire.encode({"t": "kill", "id": number + 1}))
+        message, _ = worker.receive()
+        assert (message["crash"]["cause"], message["crash"]["state"]) == ("killed", "restored")
+        assert worker.execute(100 + number, "x")[1]["value"] == str(number).encode()
+
+
 def test_a_host_that_speaks_garbage_ends_the_session(worker: Worker) -> None:
     worker.socket.sendall(b"\xff" * 100)
     assert worker.socket.recv(1) == b""

@@ -15,7 +15,8 @@ import pytest
 from .. import __version__, plugins
 from ..environment import BaseEnv
 from ..errors import ConfigError
-from ..rlm import environment_factory, open_repl
+from ..pool import environment_factory
+from ..repl import open_repl
 from . import collected
 from .base import PluginSuite
 from .suite import CONTRACT_VERSION, Suite

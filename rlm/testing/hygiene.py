@@ -21,7 +21,7 @@ from ..events import EventBus
 from ..handler import LMHandler
 from ..ledger import Ledger
 from ..limits import Limits
-from ..rlm import open_repl
+from ..repl import open_repl
 from ..session import Receive, ServeCalls, Session
 from .sessions import OpenCells, OpenSandbox, echo, eventually, open_files
 from .suite import Suite, requires

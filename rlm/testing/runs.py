@@ -298,8 +298,7 @@ class Runs(Suite):
             [subprocess.Popen(['sleep', '3600'], start_new_session=n).pid for n in (False, True)]
             """
         )
-        assert isinstance(sandbox.env, SupportsReset)
-        await sandbox.env.reset()
+        await sandbox.begin_anew()
         before = ticks
         code = """
             import os
@@ -321,8 +320,7 @@ class Runs(Suite):
         sandbox = await open_sandbox()
         await sandbox.env.add_context("old")
         await sandbox.ok("x = 1")
-        assert isinstance(sandbox.env, SupportsReset)
-        await sandbox.env.reset()
+        await sandbox.begin_anew()
         assert (
             await sandbox.value("[name for name in ('context', 'context_0', 'x') if name in globals()]") == []
         )

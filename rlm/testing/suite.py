@@ -24,7 +24,8 @@ from ..events import EventBus
 from ..handler import LMHandler
 from ..ledger import Ledger
 from ..limits import Limits
-from ..rlm import RLM, open_repl
+from ..repl import open_repl
+from ..rlm import RLM
 from ..tools import NO_TOOLS, Tools
 from .base import PluginSuite
 from .sessions import (
@@ -221,8 +222,9 @@ class Suite(PluginSuite):
         ) -> Sandbox:
             env = environment.fresh()
             stack.push_async_callback(env.close)
-            await env.start(Host(handler, serve, on_output, tools=tools))
-            return Sandbox(env)
+            host = Host(handler, serve, on_output, tools=tools)
+            await env.start(host)
+            return Sandbox(env, host)
 
         try:
             yield new

@@ -7,14 +7,15 @@ from typing import Any
 from rlm import handler, hostloop
 from rlm.backends import Backends, client_of
 from rlm.client import UsageSummary
+from rlm.desk import Desk
 from rlm.events import EventBus, Subscriber
 from rlm.gate import Gate
 from rlm.handler import Caller
 from rlm.ledger import Ledger
 from rlm.limits import Limits
-from rlm.loop import Run, Tree
 from rlm.pool import Environments
 from rlm.session import ServeCalls
+from rlm.tree import Tree
 
 from ..clients.base_lm import Prompt, messages_of
 
@@ -97,7 +98,7 @@ class LMHandler:
         """What answers the calls of a sandbox; ``told`` is told of each, as events."""
         door = self._new_door(EventBus([told]))
         tree = Tree(door, self._ledger, door.events, Environments(_no_environment))
-        return Run(tree, "", None).serve
+        return Desk(tree, Caller("script", None, 0, "sub")).serve
 
     async def _start(self) -> None:
         host, port = self._listen

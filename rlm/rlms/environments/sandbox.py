@@ -14,7 +14,7 @@ from rlm import context as contexts
 from rlm import hostloop, protocol
 from rlm.environment import BaseEnv, SupportsPersistence
 from rlm.errors import ConfigError, ModelError, RLMError
-from rlm.rlm import REPL
+from rlm.repl import REPL
 from rlm.session import Answers, ServeCalls
 from rlm.threads import Threads
 from rlm.tools import RESERVED, Tools
