@@ -152,7 +152,10 @@ class SupportsPersistence(Protocol):
         """From now on another handler serves the session's calls: that of the `Host`, at ``address``."""
 
     async def add_context(self, value: Any, context_index: int | None = None) -> int:
-        """Put a context into the namespace. Returns its index."""
+        """Put a context into the namespace. Returns its index.
+
+        Data out of a saved session comes as a `context.Encoded`: the host does not unpickle it.
+        """
         ...
 
     def get_context_count(self) -> int:
