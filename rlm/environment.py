@@ -51,6 +51,9 @@ PLAIN_LIMIT = 1 << 20
 EVERYTHING = "every variable but the contexts"
 """What did not survive, when there was nothing to go on from."""
 
+LOSSES, LOSS_CHARACTERS = 60, 400
+"""What is told of variables that could not be saved: how many, and how much of each."""
+
 RESET_TIMEOUT = 20.0
 """Seconds a sandbox gets to begin anew."""
 
@@ -152,7 +155,10 @@ class SupportsPersistence(Protocol):
         """From now on another handler serves the session's calls: that of the `Host`, at ``address``."""
 
     async def add_context(self, value: Any, context_index: int | None = None) -> int:
-        """Put a context into the namespace. Returns its index."""
+        """Put a context into the namespace. Returns its index.
+
+        Data out of a saved session comes as a `context.Encoded`: the host does not unpickle it.
+        """
         ...
 
     def get_context_count(self) -> int:
@@ -721,7 +727,7 @@ def _plain(text: str | None) -> Any:
 def _reported(data: bytes) -> tuple[str, ...]:
     """What could not be saved, as a sandbox says; a prompt has room for it."""
     names = _plain(_decode(data))
-    return tuple(str(name)[:300] for name in names[:100]) if isinstance(names, list) else ()
+    return tuple(str(name)[:LOSS_CHARACTERS] for name in names[:LOSSES]) if isinstance(names, list) else ()
 
 
 def _error(message: protocol.Result, traceback: str, overrun: float | None) -> CellError | None:
