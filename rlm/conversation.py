@@ -325,9 +325,8 @@ class Conversation:
                 await self._save_variables(env)
             settings, missing = self._rlm.config.savable()
             kept = self._saved
-            lost = ["every variable"] if self._past else []
-            if kept is not None:
-                lost = [*kept.lost, *self._missing()]
+            nothing = ["every variable"] if self._past else []
+            lost = [*(kept.lost if kept is not None else nothing), *self._missing()]
             file = _File(
                 settings=settings,
                 missing=missing,

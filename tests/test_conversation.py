@@ -80,6 +80,8 @@ class Sandbox(BaseEnv):
             assert timeout is not None
             await self.do("answer")
             return REPLResult(error=self.kind.error)
+        if not code:  # to find out what has been lost
+            return REPLResult()
         await self.do("cell")
         final: list[Any] = []
         self.names["FINAL"] = final.append
