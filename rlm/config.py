@@ -259,20 +259,21 @@ class Config(Limits):
         return cls.create(**{**values, **overrides})
 
     def savable(self) -> tuple[dict[str, Any], list[str]]:
-        """What was set and can lie in a file, as JSON has it; and the names of what cannot.
+        """What was set and can lie in a file, exactly as it is; and the names of what cannot.
 
-        Keys stay out of files; so does what only this process has: objects and functions.
+        Keys stay out of files, each named by its place; so does what only this process has: objects and
+        functions, and whatever would be something else when it is read again.
         """
         kept: dict[str, Any] = {}
         missing: list[str] = []
         for name, value in sorted(self.given()):
-            if name.endswith("_kwargs") and isinstance(value, dict):
-                secret = [key for key in value if secrets.mask({key: value[key]}) != {key: value[key]}]
-                missing += [f"{name}.{key}" for key in secret]
-                value = {key: item for key, item in value.items() if key not in secret}
+            keys: list[str] = []
             try:
-                kept[name] = json.loads(msgspec.json.encode(value, enc_hook=_path_as_text))
-            except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+                if name.endswith(("_kwargs", "sampling_args")):
+                    value = _without_keys(value, name, keys)
+                kept[name] = _exact(value)
+                missing += keys
+            except (TypeError, ValueError, OverflowError, RecursionError):
                 missing.append(name)
         return kept, missing
 
@@ -281,10 +282,45 @@ class Config(Limits):
         return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
 
 
-def _path_as_text(value: Any) -> str:
+def _without_keys(value: Any, place: str, keys: list[str]) -> Any:
+    """Settings without the keys in them, however deep; ``keys`` is told the places of those."""
+    if isinstance(value, dict):
+        secret = [name for name, item in value.items() if _holds_key(str(name), item)]
+        keys += [f"{place}.{name}" for name in secret]
+        left = {name: item for name, item in value.items() if name not in secret}
+        return {name: _without_keys(item, f"{place}.{name}", keys) for name, item in left.items()}
+    if isinstance(value, list):
+        return [_without_keys(item, f"{place}.{number}", keys) for number, item in enumerate(value)]
+    return value
+
+
+def _holds_key(name: str, value: Any) -> bool:
+    """Whether a setting is a key, or holds one that cannot be taken out of it."""
+    if isinstance(value, dict):
+        return secrets.is_secret(name) and secrets.mask(value, True) != value
+    if isinstance(value, list | tuple):
+        return any(_holds_key(name, item) for item in value if not isinstance(item, dict))
+    is_text = isinstance(value, str | bytes | secrets.SecretText)
+    return bool(is_text and secrets.mask(value, secrets.is_secret(name)) != value)
+
+
+def _exact(value: Any) -> Any:
+    """Settings as plain data, of which a file gives back the same. Raises TypeError or ValueError."""
     if isinstance(value, Path):
         return str(value.absolute())
-    raise TypeError(f"{type(value).__name__} cannot lie in a file")
+    if isinstance(value, Price | RateLimit):
+        return _exact(msgspec.to_builtins(value))
+    if type(value) is dict:
+        return {_exact(key): _exact(item) for key, item in value.items()}
+    if type(value) is list:
+        return [_exact(item) for item in value]
+    if type(value) is str:
+        value.encode("utf-8")  # what that has no form for, no file has
+    elif type(value) is int:
+        value.to_bytes(8, "big", signed=True)
+    elif value is not None and type(value) not in (bool, float, bytes):
+        raise TypeError(f"{type(value).__name__} cannot lie in a file")
+    return value
 
 
 def _as_table(limits: Any) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from .session import Answers
 from .slots import Slot
 from .tree import Tree
 
+SCHEMA_LIMIT = 1 << 20
+"""Characters of a schema that a cell gives: all runs wait while it is read."""
+
 END_TIMEOUT = 10.0
 """Seconds that child runs and tools get to end, when the run that has called them is over."""
 
@@ -101,6 +104,8 @@ class Desk:
             await asyncio.wait(self._serving, timeout=END_TIMEOUT)
 
     async def _serve(self, call: protocol.Call, texts: list[str]) -> Answers:
+        if not call.adds_up(len(texts)):
+            raise ConfigError("a call of other texts than it says")
         if call.fn == "budget":
             depth_left = self._tree.ledger.limits.max_depth - self._caller.depth - 1
             return [json.dumps(self._tree.ledger.budget(self._iterations_left(), depth_left))]
@@ -167,6 +172,8 @@ class Desk:
 
     def _wanted(self, text: str) -> Schema:
         """What a cell wants replies to be. Raises ConfigError, which is the cell's error."""
+        if len(text) > SCHEMA_LIMIT:
+            raise ConfigError(f"the schema is longer than {SCHEMA_LIMIT:,} characters")
         try:
             named = json.loads(text)
         except (ValueError, RecursionError):

@@ -48,8 +48,8 @@ SAVE_TIMEOUT = 60.0
 EVERYTHING = "every variable but the contexts"
 """What did not survive, when there was nothing to go on from."""
 
-LOSSES, LOSS_CHARACTERS = 60, 400
-"""What is told of variables that could not be saved: how many, and how much of each."""
+PLAIN_LIMIT = 1 << 20
+"""Characters of JSON in a result; a worker sends no more. As objects they are thirty times as much."""
 
 RESET_TIMEOUT = 20.0
 """Seconds a sandbox gets to begin anew."""
@@ -428,11 +428,9 @@ class WorkerEnv(BaseEnv):
         """See `SupportsSnapshot`. What objects do when they are saved, they do as in a cell."""
         message, parts = await self._run({"keep": "save"}, snapshot.travelling(), SAVE_TIMEOUT)
         self._check_kept(message, parts, "saved")
-        lost = _plain(_decode(parts.get("value", b"")))
-        if not isinstance(lost, list) or "snapshot" not in parts:
-            raise SandboxError("the variables cannot be saved: the sandbox does not say what they are")
-        shown = tuple(str(name)[:LOSS_CHARACTERS] for name in lost[:LOSSES])
-        return Snapshot(self._python, parts["snapshot"], shown)
+        if "snapshot" not in parts:
+            raise SandboxError("the variables cannot be saved: the sandbox gives none")
+        return Snapshot(self._python, parts["snapshot"], _reported(parts.get("value", b"")))
 
     async def restore(self, saved: Snapshot) -> None:
         """See `SupportsSnapshot`. Saved by another Python, functions cannot be had."""
@@ -455,6 +453,7 @@ class WorkerEnv(BaseEnv):
             assert self.session is not None
             self.session.cancel_calls()
             message = await self._command({"t": "reset"}, RESET_TIMEOUT, "begin anew")
+            self.session.cancel_calls()  # also those that were on their way
         if message.error:
             raise SandboxError(f"the sandbox cannot begin anew: {message.error}")
         self._host = None  # with all that hangs on a run which is over
@@ -462,11 +461,13 @@ class WorkerEnv(BaseEnv):
         self._counts = dict.fromkeys(self._counts, 0)
         self._lost.clear()
         self._given_is_gone = self._has_variables = False
-        self._cells = 0
+        self._cells = self._interrupted = 0
 
     async def assign(self, host: Host) -> None:
         """See `SupportsReset`."""
         assert self.session is not None
+        if not self.session.is_connected:
+            raise SandboxLost("the sandbox is gone: it ended while it had no run")
         self._host = host
         self.session.outlives_handler = host.outlives_handler
         host.handler.take_over(self.session)
@@ -676,7 +677,7 @@ class WorkerEnv(BaseEnv):
         seconds: float,
         timeout: float | None,
     ) -> REPLResult:
-        text = {name: _decode(data) for name, data in parts.items()}
+        text = {name: _decode(data) for name, data in parts.items() if name != "snapshot"}
         lost, self._lost = tuple(self._lost), []
         return REPLResult(
             stdout=text.get("stdout", ""),
@@ -712,11 +713,17 @@ def _decode(data: bytes) -> str:
 
 
 def _plain(text: str | None) -> Any:
-    """JSON that came out of a sandbox; what is none is dropped."""
+    """JSON that came out of a sandbox; what is none, or longer than a worker sends, is dropped."""
     try:
-        return None if text is None else json.loads(text)
+        return None if text is None or len(text) > PLAIN_LIMIT else json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _reported(data: bytes) -> tuple[str, ...]:
+    """What could not be saved, as a sandbox says; a prompt has room for it."""
+    names = _plain(_decode(data))
+    return tuple(str(name)[:300] for name in names[:100]) if isinstance(names, list) else ()
 
 
 def _error(message: protocol.Result, traceback: str, overrun: float | None) -> CellError | None:

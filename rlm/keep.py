@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -65,22 +66,22 @@ class Keeper:
         """
         wanted = {k: v for k, v in self._names.items() if k not in self._reserved and k not in SKIPPED}
         lost: list[str] = []
-        with self._importable():
+        with self._importable(), _unnamed():
             try:
                 data = self._dump(wanted, limit)
-            except _TooLarge:
+            except (_TooLarge, KeyboardInterrupt):
                 raise
-            except Exception:  # something in it: one by one, then, to find out what
+            except BaseException:  # something in it: one by one, then, to find out what
                 for name in list(wanted):
                     try:
                         self._dump({name: wanted[name]}, limit)
-                    except _TooLarge:
+                    except (_TooLarge, KeyboardInterrupt):
                         raise
-                    except Exception as error:  # whatever an object does when it is pickled
+                    except BaseException as error:  # whatever an object does when it is pickled
                         lost.append(f"{name} ({type(wanted.pop(name)).__name__}: {_first(error)})")
                 data = self._dump(wanted, limit)
-        if files := os.listdir("."):
-            lost.append(f"what is in the working directory: {', '.join(sorted(files)[:5])}")
+        if files := _files():
+            lost.append(f"what is in the working directory: {', '.join(files[:5])}")
         return data, _listed(lost)
 
     def load(self, data: bytes) -> list[str]:
@@ -104,6 +105,24 @@ class Keeper:
         file = _Bounded(limit)
         self._pickler(file, known).dump(values)
         return file.getvalue()
+
+
+@contextlib.contextmanager
+def _unnamed() -> Iterator[None]:
+    """Let nothing that cells have made be saved as a name in their module: no other process has it there."""
+    ours = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = ours
+
+
+def _files() -> list[str]:
+    try:
+        return sorted(os.listdir("."))
+    except OSError:  # a cell has gone where nothing can be seen, or to what is no more
+        return []
 
 
 class _TooLarge(ValueError):
@@ -139,6 +158,11 @@ def _pickler(library: Any, names: dict[str, Any]) -> Any:
             name = self._known.get(id(value))
             return None if name is None else (name,)
 
+        def reducer_override(self, value: Any) -> Any:
+            if type(value) is functools._lru_cache_wrapper and value.__module__ == "__main__":
+                return _cached, (value.__wrapped__, value.cache_info().maxsize)
+            return super().reducer_override(value)
+
         def _dynamic_function_reduce(self, function: Any) -> Any:
             reduced = super()._dynamic_function_reduce(function)
             if function.__globals__ is names:  # these are saved as variables, once
@@ -148,13 +172,21 @@ def _pickler(library: Any, names: dict[str, Any]) -> Any:
     return Pickler
 
 
+def _cached(function: Any, size: int | None) -> Any:
+    """A function of a cell's that keeps what it has returned: it begins with nothing."""
+    return functools.lru_cache(size)(function)
+
+
 def _is_worth_a_name(value: Any) -> bool:
     return not isinstance(value, (str, bytes, int, float, bool, type(None))) or sys.getsizeof(value) > SMALL
 
 
-def _first(error: Exception) -> str:
+def _first(error: BaseException) -> str:
     """The first line of what an error says."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    try:
+        return str(error).splitlines()[0][:200]
+    except BaseException:  # its text is code of the cell's, or it has none
+        return type(error).__name__
 
 
 def _listed(names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from . import plugins, protocol
 from .environment import BaseEnv, Host, SupportsReset
 from .errors import ConfigError, ModelError, RLMError
 from .session import Answers
+
+log = logging.getLogger("rlm")
 
 
 def environment_factory(environment: Any, settings: dict[str, Any]) -> Callable[[], BaseEnv]:
@@ -37,6 +40,11 @@ async def nobody(call: protocol.Call, texts: list[str]) -> Answers:
     raise ModelError("nobody answers: the run that this sandbox was for is over", sent=False)
 
 
+def _note(error: Exception, what: str) -> None:
+    """What went wrong while nobody waited for it. Of a plugin's own bugs there is more to tell."""
+    log.info("a sandbox did not %s: %s", what, error, exc_info=not isinstance(error, RLMError))
+
+
 class Environments:
     """Lends environments of one kind. ``keep`` of them stay ready when nobody uses them."""
 
@@ -45,7 +53,7 @@ class Environments:
         """Makes one that is nobody's yet."""
         self._keep = keep
         self._idle: list[BaseEnv] = []
-        self._returning: set[asyncio.Task[None]] = set()
+        self._returning: dict[asyncio.Task[None], BaseEnv] = {}
         self._filling: set[asyncio.Task[None]] = set()
         self._lent = 0
 
@@ -97,15 +105,16 @@ class Environments:
             await env.close()
             return
         task = asyncio.get_running_loop().create_task(self._reset(env))
-        self._returning.add(task)
-        task.add_done_callback(self._returning.discard)
+        self._returning[task] = env
+        task.add_done_callback(self._returning.pop)
 
     async def _reset(self, env: BaseEnv) -> None:
         try:
             assert isinstance(env, SupportsReset)
             await env.reset()
             self._idle.append(env)
-        except RLMError:  # then the next run gets another one
+        except Exception as error:  # a boundary, and nobody waits here: the next run gets another one
+            _note(error, "begin anew")
             await env.close()
         except BaseException:
             await env.close()
@@ -127,7 +136,8 @@ class Environments:
         try:
             await env.start(host)
             self._idle.append(env)
-        except RLMError:  # whoever needs one will be told
+        except Exception as error:  # a boundary: whoever needs one will be told
+            _note(error, "start")
             await env.close()
         except BaseException:
             await env.close()
@@ -143,6 +153,9 @@ class Environments:
 
     async def aclose(self) -> None:
         """End all of them. Safe to call twice."""
-        for task in {*self._returning, *self._filling}:
+        returning = dict(self._returning)
+        for task in {*returning, *self._filling}:
             task.cancel()
         await self.settle(keep=0)
+        # a task that had not begun when it was cancelled has ended nothing
+        await asyncio.gather(*(env.close() for env in returning.values()))

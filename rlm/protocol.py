@@ -55,6 +55,13 @@ class Call(_Message, frozen=True, tag="call"):
     schema: bool = False
     tool: str | None = None
 
+    def adds_up(self, count: int) -> bool:
+        """Whether it has as many blobs as it says."""
+        if self.fn in ("budget", "tool"):
+            return count == (self.fn == "tool")
+        prompts, odd = divmod(count - self.schema, 2 if self.contexts else 1)
+        return not odd and (prompts >= 0 if self.batch else prompts == 1)
+
 
 class Crash(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The executor died or was killed; ``state`` is what the next cell finds."""

@@ -10,6 +10,7 @@ touches no other.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import logging
 import secrets
@@ -31,6 +32,9 @@ STALL_TIMEOUT = 30.0
 IN_FLIGHT_LIMIT = 4096
 """Calls one session may have in flight; more threads than that are an attack or a mistake."""
 
+HELD_LIMIT = 2 * wire.BLOB_LIMIT
+"""Bytes of text that the calls of one session may have in flight together: the host holds them."""
+
 BROKEN = "protocol error: "
 """How the reason begins when it was this end that closed a connection, for what came over it."""
 
@@ -49,6 +53,7 @@ class Session:
         self._secret = secrets.token_hex(32)
         self.blob_limit = blob_limit
         self.in_flight = 0
+        self._held = 0
         self.outlives_handler = False
         """Whether the handler that ends leaves it for another one to take over."""
         self.on_waiting: Callable[[bool], None] = lambda waiting: None
@@ -153,16 +158,32 @@ class Session:
             texts = [blob.decode("utf-8") for blob in blobs]
         except UnicodeDecodeError:
             raise wire.FrameError("a prompt is not UTF-8") from None
+        size = sum(map(len, blobs))
+        fits = self._held + size <= HELD_LIMIT
+        self._held += size
         self.in_flight += 1
         if self.in_flight == 1:
             self.on_waiting(True)
-        task = asyncio.get_running_loop().create_task(self._answer(call, texts))
+        task = asyncio.get_running_loop().create_task(self._answer(call, texts if fits else None))
         self._calls[call.id] = task
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(functools.partial(self._end_call, size))
 
-    async def _answer(self, call: protocol.Call, texts: list[str]) -> None:
+    def _end_call(self, size: int, task: asyncio.Task[None]) -> None:
+        """A call is over: answered, or cancelled, perhaps before it has begun."""
+        self._tasks.discard(task)
+        self._held -= size
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self.on_waiting(False)
+
+    async def _answer(self, call: protocol.Call, texts: list[str] | None) -> None:
         try:
+            if texts is None:
+                raise RLMError(
+                    f"the calls in flight hold more than {HELD_LIMIT >> 20} MiB of text together: ask about "
+                    "smaller parts, or fewer at a time"
+                )
             answers = await self._serve(call, texts)
             header, blobs = _reply(call, answers)
         except RLMError as error:
@@ -174,9 +195,6 @@ class Session:
             wanted = self._calls.get(call.id) is asyncio.current_task()
             if wanted:  # else the process that asked is gone, and the number may be another call's
                 del self._calls[call.id]
-            self.in_flight -= 1
-            if self.in_flight == 0:
-                self.on_waiting(False)
         if self._connection is None or not wanted:
             return
         reply = {"t": "reply", "id": call.id}

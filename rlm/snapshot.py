@@ -85,13 +85,14 @@ def _key(create: bool) -> bytes | None:
         return given.encode()
     path = _key_file()
     try:
-        return path.read_bytes()
+        key = path.read_bytes()
     except FileNotFoundError:
-        if not create:
-            return None
+        return _make_key(path) if create else None
     except OSError as error:
         raise ConfigError(f"the key {str(path)!r} cannot be read: {error.strerror}") from error
-    return _make_key(path)
+    if len(key) < KEY_BYTES:  # anybody can sign with what is left of it
+        raise ConfigError(f"the key {str(path)!r} is none: delete it, and with it all saved sessions")
+    return key
 
 
 def _make_key(path: Path) -> bytes:
@@ -116,5 +117,8 @@ def _make_key(path: Path) -> bytes:
 
 def _key_file() -> Path:
     """Where programs keep what is theirs and no setting (XDG base directories)."""
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as error:  # of a user who is in no list of users, in a container say
+        raise ConfigError(f"this user has no home for a key: set {KEY_VARIABLE}") from error
     return Path(state) / "rlm" / "snapshot.key"

@@ -66,7 +66,7 @@ READY_TIMEOUT = 5.0
 BEGIN_TIMEOUT = 3.0
 """Seconds an executor has to leave a copy and begin a cell, which is not killed before that."""
 
-VACANCY = 0.05
+VACANCY = 0.3
 """Seconds that a session without an executor waits for its next run: one may come at once, or none."""
 
 CROWD = 8
@@ -432,6 +432,8 @@ class Supervisor:
             self._held.append((message, header, blobs))
         elif kind == "reset":
             self._reset(message["id"])
+        elif kind == "reply" and self._vacant_until is not None:
+            pass  # whoever asked is gone
         elif kind in ("execute", "load") and self._vacant_until is not None:
             self._end_vacancy()
             self._from_host(message, header, blobs)
@@ -581,7 +583,7 @@ class Supervisor:
         elif kind == "loaded":
             self._finish_load(message)
         elif kind == "call":
-            _check_call(message)
+            _check_call(message, len(blobs))
             self._host.send(wire.join(header, blobs))
         else:
             raise wire.FrameError("an executor says nothing of this kind")
@@ -809,7 +811,12 @@ class Supervisor:
 # What an executor says was said by a cell, if the cell wanted: it is checked before it goes to the
 # host, so that a cell that forges messages is rolled back, and does not end its session.
 
-_PARTS = frozenset(("echo", "value", "traceback", "final", "final_value", "draft", "snapshot"))
+_PARTS = {
+    "echo": 8 * ECHO_LIMIT, "value": PLAIN_LIMIT, "traceback": 8 * TRACEBACK_LIMIT, "final": 8 * FINAL_LIMIT,
+    "final_value": PLAIN_LIMIT, "draft": 8 * PLAIN_LIMIT, "snapshot": SNAPSHOT_LIMIT,
+}  # fmt: skip
+"""The parts of a result, and how many bytes each may have: of a character no more than eight."""
+
 _CALL_SHAPE: dict[str, Any] = {
     "t": str, "id": int, "fn": str, "model": (str, type(None)), "batch": bool, "contexts": bool,
     "schema": bool, "tool": str, "blobs": list,
@@ -829,8 +836,10 @@ def _checked_result(message: dict[str, Any], cell: int | None, blobs: list[bytes
     if type(message["id"]) is not int or message["id"] != cell:
         raise ValueError("the result of a cell that does not run")
     parts = message.get("parts", [])
-    if len(parts) != len(blobs) or len(set(parts)) != len(parts) or not _PARTS.issuperset(parts):
+    if len(parts) != len(blobs) or len(set(parts)) != len(parts):
         raise ValueError("parts that do not add up")
+    if any(len(blobs[index]) > _PARTS[part] for index, part in enumerate(parts)):
+        raise ValueError("a part that is too long")
     checked: dict[str, Any] = {"t": "result", "id": cell, "parts": list(parts)}
     if message.get("error") is not None:
         kind, text = message["error"]
@@ -840,15 +849,26 @@ def _checked_result(message: dict[str, Any], cell: int | None, blobs: list[bytes
     return checked
 
 
-def _check_call(message: dict[str, Any]) -> None:
+def _check_call(message: dict[str, Any], count: int) -> None:
     for name, value in message.items():
         if not isinstance(value, _CALL_SHAPE[name]):
             raise TypeError(name)
-    if message["fn"] not in _CALLS or type(message["id"]) is not int:
+    if message["fn"] not in _CALLS or type(message["id"]) is not int or not 0 < message["id"] < 1 << 53:
         raise ValueError("no such call")
+    if not _adds_up(message, count):
+        raise ValueError("texts that do not add up")
     for name in ("model", "tool"):
         if message.get(name) is not None and not message[name].isprintable():
             raise ValueError("no such " + name)
+
+
+def _adds_up(call: dict[str, Any], count: int) -> bool:
+    """Whether a call has as many texts as it says: the host's `protocol.Call` has the same rule."""
+    if call["fn"] in ("budget", "tool"):
+        return count == int(call["fn"] == "tool")
+    texts = count - int(call.get("schema", False))
+    prompts, odd = divmod(texts, 2 if call.get("contexts") else 1)
+    return odd == 0 and (prompts >= 0 if call.get("batch") else prompts == 1)
 
 
 class StandbySlot:

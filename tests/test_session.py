@@ -574,6 +574,36 @@ async def test_a_session_tells_when_its_sandbox_waits(house: House) -> None:
     assert (told, session.in_flight) == ([True, False], 0)
 
 
+async def test_a_call_that_is_cancelled_before_it_begins_is_not_waited_for(house: House) -> None:
+    """Else the cells that come after it would have no deadline."""
+    session, _ = await house.enter()
+    told: list[bool] = []
+    session.on_waiting = told.append
+    session.take(protocol.Call(id=1, fn="llm_query"), [b"never served"])
+    session.cancel_calls()
+    async with asyncio.timeout(PATIENCE):
+        while session.in_flight:
+            await asyncio.sleep(0)
+    assert (told, house.asked) == ([True, False], [])
+
+
+async def test_texts_in_flight_are_bounded_and_whoever_asks_for_more_is_told(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "HELD_LIMIT", 3 << 20)
+    _, peer = await house.enter()
+    text = b"x" * (1 << 20)
+    peer.send(b"".join(call(number, HOLD, text) for number in range(1, 5)))
+    for number in (3, 4):  # with the word beside it the third is too much
+        header, _ = await peer.receive()
+        assert header["id"] == number
+        assert header["error"][1].startswith("the calls in flight hold more than 3 MiB of text together")
+    house.gate.set()
+    assert {(await peer.receive())[0]["id"] for _ in range(2)} == {1, 2}
+    peer.send(call(5, text))  # what is answered makes room
+    assert (await peer.receive())[1] == [text.upper()]
+
+
 Serve = Callable[[protocol.Call, list[str]], Awaitable[Answers]]
 
 

@@ -298,7 +298,7 @@ class Forest:
 
 
 @settings(max_examples=150, deadline=None)
-@given(trees, st.integers(1, 5), st.randoms(use_true_random=False))
+@given(trees, st.integers(1, 5), st.integers(0, 2**32).map(random.Random))
 def test_any_tree_ends_with_any_number_of_slots_and_never_uses_more(
     tree: Tree, most: int, chance: random.Random
 ) -> None:
@@ -311,7 +311,7 @@ def test_any_tree_ends_with_any_number_of_slots_and_never_uses_more(
 
 
 @settings(max_examples=150, deadline=None)
-@given(trees, st.integers(1, 3), st.integers(0, 60), st.randoms(use_true_random=False))
+@given(trees, st.integers(1, 3), st.integers(0, 60), st.integers(0, 2**32).map(random.Random))
 def test_a_tree_that_is_cancelled_at_any_moment_leaves_all_slots_free(
     tree: Tree, most: int, steps: int, chance: random.Random
 ) -> None:

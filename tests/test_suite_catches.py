@@ -104,16 +104,6 @@ def test_an_environment_that_breaks_a_promise_is_caught(
     assert_caught(LocalSuite, environment(), test, because)
 
 
-def test_an_environment_that_keeps_its_promises_passes_the_same_tests(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sessions, "PATIENCE", 10.0)
-    names = {test for _, test, _ in CAUGHT}
-    results = run(LocalSuite, LocalREPL(), names=names)
-    assert len(results) >= len(names)
-    assert {result.name: result.reason for result in results if result.outcome != "passed"} == {}
-
-
 def test_what_is_not_claimed_is_not_asked() -> None:
     class Modest(LocalSuite):
         capabilities = LocalSuite.capabilities - {"rollback"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import socket
 import subprocess
@@ -174,3 +175,64 @@ def test_an_interpreter_that_is_too_old_says_so() -> None:
 
 def test_what_travels_names_no_path_of_this_machine() -> None:
     assert str(Path(boot.__file__).parent.parent).encode() not in boot.payload({})
+
+
+# --- what is nobody's any more, and what nobody would say ------------------------------------------
+
+
+def test_a_reply_to_whoever_was_there_before_a_reset_is_dropped(tmp_path: Path) -> None:
+    worker = Worker(sys.executable, scratch=str(tmp_path))
+    reply = wire.encode({"t": "reply", "id": 1, "blobs": [4]}, [b"late"])
+    worker.execute(1, "x = 1")
+    worker.socket.sendall(wire.encode({"t": "reset", "id": -1}) + reply * 3)
+    assert worker.receive()[0] == {"t": "loaded", "id": -1}
+    assert worker.execute(1, "'x' in globals()")[1]["value"] == b"false"
+    worker.socket.close()
+    assert worker.process.wait(20) == 0
+
+
+FORGE = """
+import os, stat
+sockets = [fd for fd in map(int, os.listdir('/proc/self/fd')) if os.path.exists(f'/proc/self/fd/{{fd}}')]
+channel = min(fd for fd in sockets if stat.S_ISSOCK(os.fstat(fd).st_mode))
+body = {body!r}
+os.write(channel, len(body).to_bytes(4, 'big') + body + {rest!r})
+import time; time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"t": "call", "id": 1, "fn": "llm_query"}, 0),
+        ({"t": "call", "id": 1, "fn": "llm_query", "blobs": [1, 1]}, 2),
+        ({"t": "call", "id": 1, "fn": "llm_query", "schema": True, "blobs": [1]}, 1),
+        ({"t": "call", "id": 1, "fn": "llm_query", "schema": True, "batch": True}, 0),
+        ({"t": "call", "id": 1, "fn": "rlm_query", "contexts": True, "blobs": [1]}, 1),
+        ({"t": "call", "id": 1, "fn": "rlm_query", "contexts": True, "batch": True, "blobs": [1, 1, 1]}, 3),
+        ({"t": "call", "id": 1, "fn": "tool", "tool": "f"}, 0),
+        ({"t": "call", "id": 1, "fn": "tool", "tool": "f", "batch": True, "blobs": [1, 1]}, 2),
+        ({"t": "call", "id": 1, "fn": "budget", "blobs": [1]}, 1),
+        ({"t": "call", "id": 10**30, "fn": "budget"}, 0),
+        ({"t": "call", "id": 0, "fn": "budget"}, 0),
+        ({"t": "call", "id": -1, "fn": "budget"}, 0),
+        ({"t": "call", "id": 1, "fn": "tool", "tool": None, "blobs": [2]}, 2),
+        ({"t": "result", "id": 2, "parts": ["echo"], "blobs": [200_000]}, 200_000),
+        ({"t": "result", "id": 2, "parts": ["secret"], "blobs": [1]}, 1),
+        ({"t": "loaded", "id": -1}, 0),
+    ],
+    ids=str,
+)
+def test_a_cell_that_says_what_its_executor_would_not_is_rolled_back(
+    header: dict[str, Any], size: int
+) -> None:
+    worker = Worker(sys.executable)
+    worker.execute(1, "x = 1")
+    message, _ = worker.execute(2, FORGE.format(body=json.dumps(header).encode(), rest=b"x" * size))
+    assert (message["crash"]["cause"], message["crash"]["state"]) == (
+        "garbage on the cell's channel",
+        "restored",
+    )
+    assert worker.execute(3, "x")[1]["value"] == b"1"
+    worker.socket.close()
+    assert worker.process.wait(20) == 0

@@ -57,6 +57,7 @@ SLOW_S = 4.0  # A side that has taken so long is not asked again.
 BATCHES = 10
 MARKED = {2: "100", 6: "300", 10: "500"}  # Batches after which memory is read: so many children.
 HOLD_S = 0.5  # Long enough for all children of a batch to be up while the first still waits.
+REST_S = 1.0  # What is kept ready between two runs has been made ready by then.
 TREE_VALUES = ("seconds", "of_ideal", "first_s", "answered", "cpu_ms")
 DEFAULT_TREE_VALUES = tuple(f"default_{name}" for name in TREE_VALUES)
 LEFT_VALUES = tuple(f"{whose}_mb_{ended}" for ended in MARKED.values() for whose in ("own", "below"))
@@ -312,7 +313,9 @@ def take_trees(peer: Peer, width: int | None, options: Options) -> list[tuple[Tr
     begun = time.perf_counter()
     while not pairs or (len(pairs) < options.reps and time.perf_counter() - begun < SLOW_S):
         with peer.trees(model, width) as run:
-            first, second = (take_tree(run, f"run {next(numbers)}", home) for _ in range(2))
+            first = take_tree(run, f"run {next(numbers)}", home)
+            time.sleep(REST_S)
+            second = take_tree(run, f"run {next(numbers)}", home)
         pairs.append((first, second))
     return pairs
 

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
-import threading
 from typing import Any
 
 import pytest
 
 from ..errors import ConfigError
-from .sessions import Cells, OpenCells, eventually
+from .sessions import Cells, OpenCells, OpenSandbox, eventually
 from .suite import Suite, requires
 
 LONE = "\ud800"
@@ -411,22 +411,17 @@ class Contract(Suite):
         assert out == "z" * 1_900_000
 
     @requires("streaming")
-    def test_output_streams_while_the_cell_runs(self, open_cells: OpenCells) -> None:
-        came = threading.Event()
+    async def test_output_streams_while_the_cell_runs(self, open_sandbox: OpenSandbox) -> None:
         seen: list[tuple[str, str]] = []
-
-        def on_output(stream: str, text: str) -> None:
-            seen.append((stream, text))
-            came.set()
-
+        sandbox = await open_sandbox(on_output=lambda stream, text: seen.append((stream, text)))
         code = "import time\nprint('early')\nwhile True: time.sleep(0.01)"
-        repl = open_cells(on_output=on_output)
-        runner = threading.Thread(target=repl.run, args=[code, 3])
-        runner.start()
-        assert eventually(lambda: came.is_set() or not runner.is_alive(), 30)
-        assert runner.is_alive(), "nothing came before the cell had ended"
-        runner.join()
-        assert seen[0] == ("stdout", "early\n")
+        cell = asyncio.create_task(sandbox.run(code))
+        try:
+            await asyncio.to_thread(eventually, lambda: bool(seen) or cell.done())
+            assert seen and not cell.done(), "nothing came while the cell ran"
+            assert seen[0] == ("stdout", "early\n")
+        finally:
+            cell.cancel()
 
     @requires("streaming")
     def test_streamed_output_comes_in_batches_and_adds_up(self, open_cells: OpenCells) -> None:
