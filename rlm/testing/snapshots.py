@@ -252,6 +252,7 @@ class Snapshots(Suite):
 
     def lose(self, session: Conversation) -> None:
         """End the sandbox of a session, once its variables are saved."""
+        self.need_kill()
         hostloop.run(session._saved_by_now())
         assert session._env is not None
         self.kill(session._env)
@@ -284,6 +285,8 @@ class Snapshots(Suite):
     def test_a_sandbox_that_is_lost_in_a_cell_ends_its_completion_and_not_the_session(
         self, open_rlm: OpenRLM
     ) -> None:
+        self.need_kill()
+
         def on_event(event: object) -> None:
             if isinstance(event, CellStarted) and "sleep" in event.code:
                 assert session._env is not None
