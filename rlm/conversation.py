@@ -21,7 +21,7 @@ import msgspec
 from . import context as contexts
 from . import hostloop, prompts, snapshot
 from .environment import EVERYTHING, BaseEnv, Host, SupportsPersistence, SupportsSnapshot
-from .errors import ConfigError, SandboxError
+from .errors import ConfigError, RLMError, SandboxError, SandboxLost
 from .pool import nobody
 from .snapshot import Snapshot
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .rlm import RLM, RLMChatCompletion
 
 NEW_ANSWER = 'answer = {"content": "", "ready": False}'
+"""What a completion begins with."""
 
 RENEWAL_TIMEOUT = 5.0
 """Seconds of computing that putting it there gets: what it replaces may do anything when it goes."""
@@ -68,9 +69,9 @@ class Conversation:
     variables as they were then.
     """
 
-    def __init__(self, rlm: RLM, *, owns_rlm: bool = False) -> None:
+    def __init__(self, rlm: RLM) -> None:
         self._rlm = rlm
-        self._owns_rlm = owns_rlm
+        self._owns_rlm = False
         self._turn = asyncio.Lock()
         self._env: BaseEnv | None = None
         self._host: Host | None = None
@@ -83,6 +84,9 @@ class Conversation:
         self._lost: list[str] = []
         """What the sandbox has lost since the model was told of such a thing."""
         self._saving: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
+        self._closings = 0
 
     # -- for users
 
@@ -134,21 +138,29 @@ class Conversation:
         """One completion, whose events ``subscribers`` are told."""
         if prompt is None and root_prompt is None:
             raise ConfigError("nothing is asked: give a context, or a question as root_prompt")
+        self._notice_fork()
         async with self._turn:
             turn = _Turn(self, has_context=prompt is not None)
             return await self._rlm.complete(prompt, root_prompt, subscribers, response_model, turn)
 
     async def aclose(self) -> None:
         """End the sandbox, on the core's loop. Safe to call twice."""
+        self._notice_fork()
+        self._closings += 1
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.cancel()
             await asyncio.wait([saving])
-        env, self._env = self._env, None
-        if env is not None:
-            await env.close()
+        await self._drop()
         if self._owns_rlm:
             await self._rlm.aclose()
+
+    def _notice_fork(self) -> None:
+        """A fork has a loop of its own. The sandbox is its parent's, and so is whoever has the turn."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._turn = loop, asyncio.Lock()
+            self._env = self._host = self._saving = self._finalizer = None
 
     # -- the sandbox
 
@@ -157,13 +169,14 @@ class Conversation:
         await self._saved_by_now()
         host.outlives_handler = True
         reason: str | None = None
+        closings = self._closings
         if self._env is not None and self._host is not None:
             try:
                 return self._env, None, await self._go_on(self._env, self._host, host)
             except SandboxError as error:
                 reason = str(error)
-                await self._env.close()
-                self._env, self._lost = None, []
+                await self._drop()
+                self._lost = []
         env = environments.new()
         try:
             await env.start(host)
@@ -173,17 +186,28 @@ class Conversation:
             for history in self._histories:
                 await env.add_history(history)
             lost = await self._restore(env) if self._past else []
+            if closings != self._closings:
+                raise SandboxLost("the session was closed")
         except BaseException:
             await env.close()
             raise
         self._env, self._host = env, host
-        weakref.finalize(self, hostloop.run_at_end, env.close)
+        self._finalizer = weakref.finalize(self, hostloop.run_at_end, env.close)
         return env, reason if self._past else None, lost
+
+    async def _drop(self) -> None:
+        """End the sandbox, if there is one."""
+        env, self._env = self._env, None
+        finalizer, self._finalizer = self._finalizer, None
+        if finalizer is not None:
+            finalizer.detach()
+        if env is not None:
+            await env.close()
 
     async def _go_on(self, env: BaseEnv, ours: Host, host: Host) -> list[str]:
         """The same sandbox, for the next completion. Returns what has been lost in the meantime.
 
-        Raises SandboxError when it is gone, or when another one would have more.
+        Raises SandboxError when it is gone or of no use, or when another one would have more.
         """
         ours.handler, ours.serve, ours.on_output, ours.run = (
             host.handler, host.serve, host.on_output, host.run,
@@ -201,7 +225,7 @@ class Conversation:
         result = await env.execute(code, timeout=RENEWAL_TIMEOUT)
         self._lost += result.lost
         if result.error is not None:
-            raise SandboxError(f"a cell of the framework's own failed: {result.error.message}")
+            raise SandboxError(f"no cell runs in it any more: {result.error.type}: {result.error.message}")
 
     async def _restore(self, env: BaseEnv) -> list[str]:
         """Put the saved variables into a new sandbox. Returns what they are without."""
@@ -235,7 +259,7 @@ class Conversation:
             return
         host.serve, host.on_output = nobody, _ignore
         assert isinstance(env, SupportsPersistence)
-        with contextlib.suppress(SandboxError):  # the next completion will find out, and begin anew
+        with contextlib.suppress(RLMError):  # the next completion will find out, and begin anew
             await env.add_history(run.history, len(self._histories) - 1)
         if self._rlm.config.snapshots and isinstance(env, SupportsSnapshot):
             self._saving = asyncio.get_running_loop().create_task(self._take_snapshot(env))
@@ -243,7 +267,7 @@ class Conversation:
     async def _take_snapshot(self, env: BaseEnv) -> None:
         try:
             await self._save_variables(env)
-        except SandboxError as error:  # the one before it stays
+        except Exception as error:  # a boundary, and nobody waits here. The one before it stays
             self._unsaved = f"what came after question {self._saved_after} ({error})"
 
     async def _save_variables(self, env: BaseEnv) -> None:
@@ -293,6 +317,7 @@ class Conversation:
     # -- files
 
     async def _save(self, path: Path) -> list[str]:
+        self._notice_fork()
         async with self._turn:
             await self._saved_by_now()
             env = self._env
@@ -307,8 +332,8 @@ class Conversation:
                 settings=settings,
                 missing=missing,
                 contexts=[contexts.encode(value) for value in self._contexts],
-                histories=self._histories,
-                past=self._past,
+                histories=[[_readable(message) for message in history] for history in self._histories],
+                past=[Past(_readable(past.question), _readable(past.answer)) for past in self._past],
                 python=kept.python if kept is not None else "",
                 variables=kept.data if kept is not None else None,
                 lost=lost,
@@ -336,8 +361,9 @@ class Conversation:
         if absent:
             again = ", ".join(f"{name}=..." for name in absent)
             raise ConfigError(f"{str(path)!r} lacks what no file holds: RLM.resume(..., {again})")
-        self = cls(RLM(**{**file.settings, **overrides}), owns_rlm=True)
-        self._contexts = [contexts.Encoded(form, bytes_) for form, bytes_ in file.contexts]
+        self = RLM(**{**file.settings, **overrides}).session()
+        self._owns_rlm = True
+        self._contexts = [_decoded(form, data) for form, data in file.contexts]
         self._histories = file.histories
         self._past = file.past
         if file.variables is not None:
@@ -373,6 +399,20 @@ class _Turn:
 
 def _ignore(stream: str, text: str) -> None:
     """Told what is printed between two completions."""
+
+
+def _decoded(form: contexts.Form, data: bytes) -> Any:
+    """A context out of a file: what it was, but for pickled data, which goes to a sandbox as it is."""
+    if form == "text":
+        return data.decode("utf-8", "surrogatepass")
+    return data if form == "bytes" else contexts.Encoded(form, data)
+
+
+def _readable(thing: Any) -> Any:
+    """Text, or a message, without what UTF-8 has no form for."""
+    if isinstance(thing, dict):
+        return {name: _readable(text) for name, text in thing.items()}
+    return thing if thing is None else thing.encode("utf-8", "replace").decode()
 
 
 def _names(kind: str, count: int) -> str:

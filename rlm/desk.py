@@ -27,6 +27,9 @@ SCHEMA_LIMIT = 1 << 20
 END_TIMEOUT = 10.0
 """Seconds that child runs and tools get to end, when the run that has called them is over."""
 
+SCHEMA_LIMIT = 1 << 20
+"""Characters of a schema that a cell gives: all runs wait while it is read."""
+
 Stopped = Literal["final", "plain", "max_iterations", "max_calls", "max_children", "max_tokens", "max_budget"]
 
 

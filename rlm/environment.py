@@ -152,7 +152,10 @@ class SupportsPersistence(Protocol):
         """From now on another handler serves the session's calls: that of the `Host`, at ``address``."""
 
     async def add_context(self, value: Any, context_index: int | None = None) -> int:
-        """Put a context into the namespace. Returns its index."""
+        """Put a context into the namespace. Returns its index.
+
+        Data out of a saved session comes as a `context.Encoded`: the host does not unpickle it.
+        """
         ...
 
     def get_context_count(self) -> int:
@@ -475,9 +478,7 @@ class WorkerEnv(BaseEnv):
 
     async def put(self, name: str, value: Any) -> None:
         """Put a value into the namespace under a name that is restored after each cell."""
-        self._given.pop(
-            (name,), None
-        )  # it is the latest of what is given again, should the name be another's too
+        self._given.pop((name,), None)  # what is given last wins, also when all is given again
         await self._give((name,), value)
 
     # -- talking to the worker
@@ -723,7 +724,7 @@ def _plain(text: str | None) -> Any:
 def _reported(data: bytes) -> tuple[str, ...]:
     """What could not be saved, as a sandbox says; a prompt has room for it."""
     names = _plain(_decode(data))
-    return tuple(str(name)[:300] for name in names[:100]) if isinstance(names, list) else ()
+    return tuple(str(name)[:LOSS_CHARACTERS] for name in names[:LOSSES]) if isinstance(names, list) else ()
 
 
 def _error(message: protocol.Result, traceback: str, overrun: float | None) -> CellError | None:

@@ -153,6 +153,7 @@ class Environments:
 
     async def aclose(self) -> None:
         """End all of them. Safe to call twice."""
+        self._keep = 0  # also of those that are lent at the moment
         returning = dict(self._returning)
         for task in {*returning, *self._filling}:
             task.cancel()

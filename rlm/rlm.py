@@ -211,6 +211,7 @@ class RLM:
     async def aclose(self) -> None:
         """`close`, on the core's loop."""
         conversation, self._conversation = self._conversation, None
+        self._notice_fork()
         backends, self._backends = self._backends, None
         environments, self._environments = self._environments, None
         if conversation is not None:
@@ -365,13 +366,24 @@ class RLM:
         finally:
             await environments.settle()
 
+    def _notice_fork(self) -> None:
+        """A fork has a loop of its own: clients and sandboxes are its parent's."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._backends, self._environments = loop, None, None
+
     async def _connect(self) -> tuple[Backends, list[str]]:
         """The clients, made on first use, on the core's loop; and what they have to say."""
-        loop = asyncio.get_running_loop()
-        if self._backends is None or self._loop is not loop:  # a fork has a loop of its own
-            self._backends, self._loop = connect(self.config), loop
-            self._backends.check_aliases()
-            self._finalizer = weakref.finalize(self, hostloop.run_at_end, self._backends.aclose)
+        self._notice_fork()
+        if self._backends is None:
+            backends = connect(self.config)
+            try:
+                backends.check_aliases()
+            except ConfigError:
+                await backends.aclose()
+                raise
+            self._backends = backends
+            self._finalizer = weakref.finalize(self, hostloop.run_at_end, backends.aclose)
         notes = await self._backends.prepare()
         if self.config.max_budget is not None:
             self._backends.check_prices()

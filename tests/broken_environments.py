@@ -26,6 +26,7 @@ from rlm.errors import SandboxError
 from rlm.snapshot import Snapshot
 from rlm.testing import Suite, requires
 from rlm.testing.sessions import Cells
+from rlm.testing.suite import one_session
 from rlm.tools import NO_TOOLS
 from rlm_local import LocalREPL
 
@@ -523,6 +524,34 @@ class SmallFailingSuite(SmallSuite):
     async def test_coroutines_run_on_the_cores_loop(self, number: int) -> None:
         await asyncio.sleep(0)
         assert threading.current_thread().name == "rlm-loop"
+
+
+class TableSuite(Suite):
+    """Tables of cells: of one session for all, and of one for each."""
+
+    level = "contract"
+    known_failures: ClassVar[dict[str, str]] = {"test_one[known]": "not yet: issue 6"}
+
+    @pytest.mark.parametrize("case", ["first", "second", "fails", "known", "after it", "last"])
+    @one_session
+    def test_one(self, repl: Cells, case: str) -> None:
+        repl.ok(f"seen = [*globals().get('seen', []), {case!r}]")
+        assert case not in ("fails", "known")
+
+    @pytest.mark.parametrize("case", ["first", "second"])
+    def test_each(self, repl: Cells, case: str) -> None:
+        repl.ok(f"seen = [*globals().get('seen', []), {case!r}]")
+
+
+class Noted(InProcess):
+    """Notes of every session that ends what its cells noted."""
+
+    sessions: ClassVar[list[list[str]]] = []
+
+    async def close(self) -> None:
+        if self._open:
+            self.sessions.append(self.namespace["seen"])
+        await super().close()
 
 
 class Passing(InProcess):

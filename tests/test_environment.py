@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlm import protocol, wire
-from rlm.environment import Host, REPLResult, WorkerEnv
+from rlm.environment import LOSS_CHARACTERS, LOSSES, Host, REPLResult, WorkerEnv
 from rlm.errors import ConfigError, SandboxError, SandboxLost
 from rlm.events import EventBus
 from rlm.handler import LMHandler
@@ -191,6 +191,10 @@ async def test_parts_that_are_not_there_end_the_session(env: Puppet) -> None:
 # --- saved variables ---------------------------------------------------------------------------
 
 
+REPORTS = (b"5", b'"text"', b'{"a": 1}', b"null", b"{", b"", b"[" + b"0," * 600_000 + b"0]")
+"""What no sandbox says that has saved something."""
+
+
 async def test_saving_sends_what_it_takes_and_gives_the_bytes_as_they_are(env: Puppet) -> None:
     task = asyncio.create_task(env.snapshot())
     header, blobs = await env.heard()
@@ -202,14 +206,10 @@ async def test_saving_sends_what_it_takes_and_gives_the_bytes_as_they_are(env: P
 @pytest.mark.parametrize(
     ("report", "lost"),
     [
-        (b"5", ()),
-        (b'"text"', ()),
-        (b'{"a": 1}', ()),
-        (b"null", ()),
-        (b"{", ()),
+        (b"[]", ()),
         (b"[1, null, [2]]", ("1", "None", "[2]")),
-        (json.dumps(["x" * 1000]).encode(), ("x" * 300,)),
-        (json.dumps(["x"] * 1000).encode(), ("x",) * 100),
+        (json.dumps(["x" * 1000]).encode(), ("x" * LOSS_CHARACTERS,)),
+        (json.dumps(["x"] * 1000).encode(), ("x",) * LOSSES),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -223,8 +223,9 @@ async def test_a_report_of_what_is_lost_is_a_few_short_texts(
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        (result(), "the sandbox gives none"),
-        (result({"echo": b"1"}), "the sandbox gives none"),
+        (result(), "does not say what they are"),
+        (result({"value": b"[]"}), "does not say what they are"),
+        *((result({"snapshot": b"s", "value": report}), "does not say") for report in REPORTS),
         (result(error=["ValueError", "too large"]), "ValueError: too large"),
         (result(crash={"cause": "exit", "code": 3, "state": "restored"}), "CellCrash"),
     ],
