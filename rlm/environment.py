@@ -45,14 +45,11 @@ LOAD_TIMEOUT, LOAD_SPEED = 60.0, 1 << 20
 SAVE_TIMEOUT = 60.0
 """Seconds of computing that saving or restoring a session's variables gets."""
 
-PLAIN_LIMIT = 1 << 20
-"""Characters of JSON in a result; a worker sends no more. As objects they are thirty times as much."""
-
 EVERYTHING = "every variable but the contexts"
 """What did not survive, when there was nothing to go on from."""
 
-LOSSES, LOSS_CHARACTERS = 60, 400
-"""What is told of variables that could not be saved: how many, and how much of each."""
+PLAIN_LIMIT = 1 << 20
+"""Characters of JSON in a result; a worker sends no more. As objects they are thirty times as much."""
 
 RESET_TIMEOUT = 20.0
 """Seconds a sandbox gets to begin anew."""

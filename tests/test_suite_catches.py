@@ -108,7 +108,13 @@ def test_what_is_not_claimed_is_not_asked() -> None:
     class Modest(LocalSuite):
         capabilities = LocalSuite.capabilities - {"rollback"}
 
-    results = run(Modest, broken.HasNoRollback(), names=["test_a_death_costs_only_its_cell"])
+    names = [
+        "test_a_death_costs_only_its_cell",
+        "test_data_and_functions_are_there_after_a_cell_that_died",
+        "test_a_completion_that_is_cancelled_in_a_cell_leaves_the_session_to_the_next_one",
+        "test_a_thread_that_ends_the_process_between_completions_costs_no_variable_unsaid",
+    ]
+    results = run(Modest, broken.HasNoRollback(), names=names)
     assert {result.outcome for result in results} == {"passed"}
     (skipped,) = run(Modest, broken.HasNoRollback(), names=["test_awaiting_works_after_a_rollback"])
     assert (skipped.outcome, skipped.reason) == ("skipped", "not claimed: rollback")
@@ -117,3 +123,15 @@ def test_what_is_not_claimed_is_not_asked() -> None:
 def test_a_limit_that_cannot_be_set_is_not_asked() -> None:
     (skipped,) = run(EnvironmentSuite, LocalREPL(), names=["test_open_files_are_limited"])
     assert (skipped.outcome, skipped.reason) == ("skipped", "`limits` does not say how to set: open files")
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "test_a_sandbox_that_is_lost_in_a_cell_ends_its_completion_and_not_the_session",
+        "test_without_a_snapshot_the_loss_of_a_sandbox_costs_the_variables_and_says_so",
+    ],
+)
+def test_a_sandbox_that_cannot_be_killed_is_not(test: str) -> None:
+    (skipped,) = run(EnvironmentSuite, LocalREPL(), names=[test])
+    assert (skipped.outcome, skipped.reason) == ("skipped", "the suite does not say how to `kill` a sandbox")

@@ -142,15 +142,15 @@ class HostTools(Suite):
 
     def test_waiting_for_a_tool_is_not_computing(self, open_cells: OpenCells) -> None:
         async def slow() -> int:
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(0.4)
             return 1
 
         def blocking() -> int:
-            time.sleep(0.7)
+            time.sleep(0.4)
             return 2
 
         repl = open_cells(tools={"slow": slow, "blocking": blocking})
-        assert repl.value("slow() + blocking()", timeout=0.5) == 3
+        assert repl.value("slow() + blocking()", timeout=0.3) == 3
 
     @requires("threads")
     def test_threads_of_a_cell_call_at_the_same_time(self, open_cells: OpenCells) -> None:
