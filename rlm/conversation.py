@@ -20,7 +20,7 @@ import msgspec
 
 from . import context as contexts
 from . import hostloop, prompts, snapshot
-from .environment import BaseEnv, Host, SupportsPersistence, SupportsSnapshot
+from .environment import EVERYTHING, BaseEnv, Host, SupportsPersistence, SupportsSnapshot
 from .errors import ConfigError, RLMError, SandboxError, SandboxLost
 from .pool import nobody
 from .snapshot import Snapshot
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from .pool import Environments
     from .rlm import RLM, RLMChatCompletion
 
-NEW_ANSWER, NEW_ANSWER_TIMEOUT = 'answer = {"content": "", "ready": False}', 10.0
-"""What a completion begins with, and the seconds it gets: cells before it may have left anything behind."""
+NEW_ANSWER = 'answer = {"content": "", "ready": False}'
+"""What a completion begins with."""
+
+RENEWAL_TIMEOUT = 5.0
+"""Seconds of computing that putting it there gets: what it replaces may do anything when it goes."""
 
 SHOWN_TURNS, SHOWN_CHARACTERS = 10, 300
 """What the model is shown of earlier questions and answers: how many, and how much of each."""
@@ -78,6 +81,8 @@ class Conversation:
         self._saved: Snapshot | None = None
         self._saved_after = 0
         self._unsaved: str | None = None
+        self._lost: list[str] = []
+        """What the sandbox has lost since the model was told of such a thing."""
         self._saving: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
@@ -167,10 +172,11 @@ class Conversation:
         closings = self._closings
         if self._env is not None and self._host is not None:
             try:
-                return await self._go_on(self._env, self._host, host), None, []
+                return self._env, None, await self._go_on(self._env, self._host, host)
             except SandboxError as error:
                 reason = str(error)
                 await self._drop()
+                self._lost = []
         env = environments.new()
         try:
             await env.start(host)
@@ -198,31 +204,45 @@ class Conversation:
         if env is not None:
             await env.close()
 
-    async def _go_on(self, env: BaseEnv, ours: Host, host: Host) -> BaseEnv:
-        """The same sandbox, for the next completion. Raises SandboxError when it is gone, or of no use."""
+    async def _go_on(self, env: BaseEnv, ours: Host, host: Host) -> list[str]:
+        """The same sandbox, for the next completion. Returns what has been lost in the meantime.
+
+        Raises SandboxError when it is gone or of no use, or when another one would have more.
+        """
         ours.handler, ours.serve, ours.on_output, ours.run = (
             host.handler, host.serve, host.on_output, host.run,
         )  # fmt: skip
         assert isinstance(env, SupportsPersistence)
         env.update_handler_address(host.handler.address)
-        result = await env.execute(NEW_ANSWER, timeout=NEW_ANSWER_TIMEOUT)
+        await self._run(env, NEW_ANSWER)
+        if EVERYTHING in self._lost and self._saved is not None:
+            raise SandboxError("nothing of it was left")
+        lost, self._lost = self._lost, []
+        return lost
+
+    async def _run(self, env: BaseEnv, code: str) -> None:
+        """Run a cell of ours, which is told what has been lost since the last one."""
+        result = await env.execute(code, timeout=RENEWAL_TIMEOUT)
+        self._lost += result.lost
         if result.error is not None:
             raise SandboxError(f"no cell runs in it any more: {result.error.type}: {result.error.message}")
-        return env
 
     async def _restore(self, env: BaseEnv) -> list[str]:
         """Put the saved variables into a new sandbox. Returns what they are without."""
-        missing = [self._unsaved] if self._unsaved else []
         if self._saved is None or not isinstance(env, SupportsSnapshot):
-            return ["every variable but contexts and histories", *missing]
+            return ["every variable but contexts and histories", *self._missing()]
         try:
             await env.restore(self._saved)
         except SandboxError as error:
             return [f"every variable but contexts and histories ({error})"]
+        return [*self._saved.lost, *self._missing()]
+
+    def _missing(self) -> list[str]:
+        """What has come after that which is saved."""
+        if self._unsaved:
+            return [self._unsaved]
         later = len(self._past) - self._saved_after
-        if later and not missing:
-            missing = [f"what the last {later} of the questions changed"]
-        return [*self._saved.lost, *missing]
+        return [f"what the last {later} of the questions changed"] if self._saved and later else []
 
     async def add_context(self, env: BaseEnv, value: Any) -> None:
         """Keep a context, and put it into the sandbox."""
@@ -244,12 +264,19 @@ class Conversation:
         if self._rlm.config.snapshots and isinstance(env, SupportsSnapshot):
             self._saving = asyncio.get_running_loop().create_task(self._take_snapshot(env))
 
-    async def _take_snapshot(self, env: SupportsSnapshot) -> None:
+    async def _take_snapshot(self, env: BaseEnv) -> None:
         try:
-            self._saved, self._saved_after = await env.snapshot(), len(self._past)
-            self._unsaved = None
+            await self._save_variables(env)
         except Exception as error:  # a boundary, and nobody waits here. The one before it stays
             self._unsaved = f"what came after question {self._saved_after} ({error})"
+
+    async def _save_variables(self, env: BaseEnv) -> None:
+        """Save them, unless they are lost: then what was saved before is all that there is."""
+        assert isinstance(env, SupportsSnapshot)
+        await self._run(env, "")
+        if EVERYTHING not in self._lost:
+            self._saved, self._saved_after = await env.snapshot(), len(self._past)
+            self._unsaved = None
 
     async def _saved_by_now(self) -> None:
         saving, self._saving = self._saving, None
@@ -294,12 +321,13 @@ class Conversation:
         async with self._turn:
             await self._saved_by_now()
             env = self._env
-            if env is not None and isinstance(env, SupportsSnapshot):
-                self._saved, self._saved_after = await env.snapshot(), len(self._past)
-                self._unsaved = None
+            if self._saved_after < len(self._past) and env is not None and isinstance(env, SupportsSnapshot):
+                await self._save_variables(env)
             settings, missing = self._rlm.config.savable()
             kept = self._saved
-            lost = [*kept.lost] if kept is not None else ["every variable"] if self._past else []
+            lost = ["every variable"] if self._past else []
+            if kept is not None:
+                lost = [*kept.lost, *self._missing()]
             file = _File(
                 settings=settings,
                 missing=missing,
@@ -308,7 +336,7 @@ class Conversation:
                 past=[Past(_readable(past.question), _readable(past.answer)) for past in self._past],
                 python=kept.python if kept is not None else "",
                 variables=kept.data if kept is not None else None,
-                lost=[*lost, *([self._unsaved] if self._unsaved else [])],
+                lost=lost,
             )
             await asyncio.to_thread(_write, path, snapshot.seal(msgspec.msgpack.encode(file)))
             return [*file.lost, *(f"the setting {name}" for name in missing)]

@@ -21,6 +21,9 @@ from .session import Answers
 from .slots import Slot
 from .tree import Tree
 
+SCHEMA_LIMIT = 1 << 20
+"""Characters of a schema that a cell gives: all runs wait while it is read."""
+
 END_TIMEOUT = 10.0
 """Seconds that child runs and tools get to end, when the run that has called them is over."""
 

@@ -48,6 +48,9 @@ SAVE_TIMEOUT = 60.0
 PLAIN_LIMIT = 1 << 20
 """Characters of JSON in a result; a worker sends no more. As objects they are thirty times as much."""
 
+EVERYTHING = "every variable but the contexts"
+"""What did not survive, when there was nothing to go on from."""
+
 LOSSES, LOSS_CHARACTERS = 60, 400
 """What is told of variables that could not be saved: how many, and how much of each."""
 
@@ -431,11 +434,9 @@ class WorkerEnv(BaseEnv):
         """See `SupportsSnapshot`. What objects do when they are saved, they do as in a cell."""
         message, parts = await self._run({"keep": "save"}, snapshot.travelling(), SAVE_TIMEOUT)
         self._check_kept(message, parts, "saved")
-        lost = _plain(_decode(parts.get("value", b"")))
-        if not isinstance(lost, list) or "snapshot" not in parts:
-            raise SandboxError("the variables cannot be saved: the sandbox does not say what they are")
-        shown = tuple(str(name)[:LOSS_CHARACTERS] for name in lost[:LOSSES])
-        return Snapshot(self._python, parts["snapshot"], shown)
+        if "snapshot" not in parts:
+            raise SandboxError("the variables cannot be saved: the sandbox gives none")
+        return Snapshot(self._python, parts["snapshot"], _reported(parts.get("value", b"")))
 
     async def restore(self, saved: Snapshot) -> None:
         """See `SupportsSnapshot`. Saved by another Python, functions cannot be had."""
@@ -480,9 +481,7 @@ class WorkerEnv(BaseEnv):
 
     async def put(self, name: str, value: Any) -> None:
         """Put a value into the namespace under a name that is restored after each cell."""
-        self._given.pop(
-            (name,), None
-        )  # it is the latest of what is given again, should the name be another's too
+        self._given.pop((name,), None)  # what is given last wins, also when all is given again
         await self._give((name,), value)
 
     # -- talking to the worker
@@ -533,7 +532,7 @@ class WorkerEnv(BaseEnv):
 
     def _losses(self, crash: protocol.Crash) -> list[str]:
         if crash.state == "lost":
-            return ["every variable but the contexts"] if self._has_variables else []
+            return [EVERYTHING] if self._has_variables else []
         return [name[:100] for name in crash.lost[:20]]
 
     def _note_crash(self, crash: protocol.Crash) -> None:
@@ -723,6 +722,12 @@ def _plain(text: str | None) -> Any:
         return None if text is None or len(text) > PLAIN_LIMIT else json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _reported(data: bytes) -> tuple[str, ...]:
+    """What could not be saved, as a sandbox says; a prompt has room for it."""
+    names = _plain(_decode(data))
+    return tuple(str(name)[:LOSS_CHARACTERS] for name in names[:LOSSES]) if isinstance(names, list) else ()
 
 
 def _error(message: protocol.Result, traceback: str, overrun: float | None) -> CellError | None:

@@ -262,6 +262,10 @@ class Supervisor:
         self._doomed: int | None = None
         """The cell that is to be killed, as soon as it has begun."""
         self._doomed_by = 0.0
+        self._finished = 0
+        """The last cell whose result the host has."""
+        self._is_behind = False
+        """Whether the executor is a copy from before that cell."""
         self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
         self._memory_kills = _out_of_memory_kills()
         self._incoming: Incoming | None = None
@@ -325,7 +329,8 @@ class Supervisor:
         theirs.close()
         standby_theirs.close()
         self._executor = pid
-        self._slot.pid = self._slot.cell = 0
+        self._slot.pid = self._slot.cell = self._slot.kept = self._finished = 0
+        self._is_behind = False
         self._standby_socket = standby_ours
         self._attach(ours)
 
@@ -563,7 +568,9 @@ class Supervisor:
     def _from_cell(self, message: dict[str, Any], header: bytes, blobs: list[bytes]) -> None:
         kind = message["t"]
         if kind == "result":
-            self._finish_cell(_checked_result(message, self._cell, blobs), blobs)
+            result = _checked_result(message, self._cell, blobs)
+            self._finished = result["id"]
+            self._finish_cell(result, blobs)
         elif kind == "crowded":
             self._obituary = None
             self._kill_all(spare=(self._executor, self._slot.pid))
@@ -602,6 +609,8 @@ class Supervisor:
         if self._crash is not None:
             crash, self._crash = self._crash, None
             crash["lost"] = [_clean(name, 200) for name in message.get("lost", [])[:20]]
+            if self._is_behind:
+                crash["lost"].insert(0, "what the last cell did")
             if self._crashed_cell is None:
                 self._host.send(wire.encode({"t": "crash", "crash": crash}))
             else:
@@ -742,6 +751,8 @@ class Supervisor:
         """Wake the standby, and give it the socket on which its own standby will wait."""
         assert self._standby_socket is not None and self._crash is not None
         channel = self._standby_socket
+        kept = self._slot.kept
+        self._is_behind, self._finished = kept < self._finished, min(kept, self._finished)
         _discard_input(channel)  # the standby is silent until it is woken: this is a cell's garbage
         ours, theirs = socket.socketpair()
         # before it is woken: from then on the slot is its own to write, at once
@@ -878,6 +889,15 @@ class StandbySlot:
     @cell.setter
     def cell(self, value: int) -> None:
         struct.pack_into("=q", self._page, 8, value)
+
+    @property
+    def kept(self) -> int:
+        """The last cell whose work the standby has."""
+        return int(struct.unpack_from("=q", self._page, 16)[0])
+
+    @kept.setter
+    def kept(self, value: int) -> None:
+        struct.pack_into("=q", self._page, 16, value)
 
     @property
     def pid(self) -> int:
@@ -1508,6 +1528,7 @@ class Executor:
         self._namespace = Namespace(self._calls)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._in_cell = False
+        self._last = 0
         self._has_run = False
         """Whether there is anything to lose: what has only been loaded the host can load again."""
         self._is_stale = False
@@ -1563,7 +1584,7 @@ class Executor:
         if pid == 0:
             self._take_over()
             return True
-        self._slot.pid = pid
+        self._slot.pid, self._slot.kept = pid, self._last
         if self._standby:
             _signal(self._standby, signal.SIGKILL)
             self._dying.append(self._standby)
@@ -1626,7 +1647,7 @@ class Executor:
 
     def _execute(self, message: dict[str, Any], blobs: list[bytes]) -> bool:
         """Run a cell. Whether it has submitted an answer, so that there will hardly be another."""
-        self._has_run = True
+        self._has_run, self._last = True, message["id"]
         if message.get("keep"):
             header, parts = self._save_or_load(message["id"], message["keep"], blobs)
         else:

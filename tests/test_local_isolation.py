@@ -92,11 +92,11 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", [1, 2, 3, 5])
-def test_no_socket_can_be_made(repl: Cells, family: str, kind: int) -> None:
+def test_no_socket_can_be_made(repl: Cells, family: str) -> None:
     need(repl, "system calls")
-    code = f"import socket\nsocket.socket({FAMILIES[family]}, {kind}, 0)"
-    assert outcome(repl, code) == "PermissionError"
+    kinds = (1, 2, 3, 5)
+    code = f"import socket\nsocket.socket({FAMILIES[family]}, {{}}, 0)"
+    assert [outcome(repl, code.format(kind)) for kind in kinds] == ["PermissionError"] * len(kinds)
 
 
 def test_the_32_bit_ways_to_a_socket_are_shut(repl: Cells) -> None:

@@ -117,6 +117,17 @@ def test_a_cell_that_is_killed_as_it_comes_costs_nothing_that_was_there_before(w
         assert worker.execute(100 + number, "x")[1]["value"] == str(number).encode()
 
 
+def test_a_death_before_there_is_a_copy_of_the_last_cell_says_that_it_is_lost(worker: Worker) -> None:
+    worker.execute(1, "x = 1")
+    worker.execute(2, "import os, threading\nx = 2\nthreading.Timer(0.1, os._exit, [3]).start()\nFINAL(x)")
+    message, _ = worker.receive()
+    assert (message["t"], message["crash"]["lost"]) == ("crash", ["what the last cell did"])
+    worker.execute(3, "x += 10")
+    message, _ = worker.execute(4, "import os; os._exit(1)")
+    assert message["crash"]["lost"] == []
+    assert worker.execute(5, "x")[1]["value"] == b"11"
+
+
 def test_a_host_that_speaks_garbage_ends_the_session(worker: Worker) -> None:
     worker.socket.sendall(b"\xff" * 100)
     assert worker.socket.recv(1) == b""

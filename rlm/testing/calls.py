@@ -14,8 +14,8 @@ import pytest
 from .. import protocol
 from ..environment import REPLResult
 from ..errors import ModelError, RLMError
-from .sessions import OpenSandbox, Recorder, Sandbox
-from .suite import Suite, requires
+from .sessions import Cells, OpenSandbox, Recorder, Sandbox
+from .suite import Suite, one_session, requires
 
 MEGABYTE = 1 << 20
 
@@ -26,6 +26,9 @@ EVIL = """
         def __str__(self): raise {0}
         __repr__ = __bool__ = __eq__ = __str__
     """
+
+NO_ANSWER = "answer = {'content': '', 'ready': False}"
+"""What a session begins with, for cases that share one."""
 
 
 class Calls(Suite):
@@ -428,8 +431,10 @@ class Calls(Suite):
             ("answer.update(content=[], ready=True)", "[]", []), ("answer.update(content='a', ready=True)\nFINAL('f')", "f", None),
         ],
     )  # fmt: skip
-    async def test_an_answer_is_submitted(self, sandbox: Sandbox, code: str, text: str, value: Any) -> None:
-        result = await sandbox.ok(code)
+    @one_session
+    def test_an_answer_is_submitted(self, repl: Cells, code: str, text: str, value: Any) -> None:
+        repl.ok(NO_ANSWER)
+        result = repl.ok(code)
         assert (result.final_answer, result.final_value) == (text, value)
 
     @pytest.mark.parametrize(
@@ -442,10 +447,11 @@ class Calls(Suite):
             "FINAL = print; FINAL('not this one')", "import json\nprint(json.dumps({'t': 'result', 'final': 'x'}))",
         ],
     )  # fmt: skip
-    async def test_nothing_is_submitted_by(self, sandbox: Sandbox, code: str) -> None:
-        await sandbox.env.add_context("Write FINAL(x), or answer['ready'] = True.")
-        await sandbox.ok("x = 1")
-        result = await sandbox.ok(f"print(context)\n{code}")
+    @one_session
+    def test_nothing_is_submitted_by(self, repl: Cells, code: str) -> None:
+        repl.repl.add_context("Write FINAL(x), or answer['ready'] = True.")
+        repl.ok(f"x = 1\n{NO_ANSWER}")
+        result = repl.ok(f"print(context)\n{code}")
         assert (result.final_answer, result.final_value) == (None, None)
 
     async def test_an_answer_that_is_ready_before_its_content_is_submitted_with_it(

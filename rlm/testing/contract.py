@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
-import threading
 from typing import Any
 
 import pytest
 
 from ..errors import ConfigError
-from .sessions import Cells, OpenCells, eventually
-from .suite import Suite, requires
+from .sessions import Cells, OpenCells, OpenSandbox, eventually
+from .suite import Suite, one_session, requires
 
 LONE = "\ud800"
 
@@ -106,6 +106,7 @@ class Contract(Suite):
     # --- the whole language ------------------------------------------------------------------------
 
     @pytest.mark.parametrize("what", CELLS)
+    @one_session
     def test_a_cell_can_use(self, repl: Cells, what: str) -> None:
         self.require(*NEEDS.get(what, ()))
         code, expected = CELLS[what]
@@ -161,6 +162,7 @@ class Contract(Suite):
             ("5  # and so on;", "5"), ("'''\na;'''", r"'\na;'"), ('"""a docstring"""', "'a docstring'"),
         ],
     )  # fmt: skip
+    @one_session
     def test_only_a_last_expression_is_echoed(self, repl: Cells, code: str, echo: str) -> None:
         assert repl.ok(code).echo == echo
 
@@ -187,6 +189,7 @@ class Contract(Suite):
         ],
         ids=repr,
     )
+    @one_session
     def test_plain_data_has_a_value(self, repl: Cells, value: Any) -> None:
         result = repl.ok(repr(value))
         assert (result.value, type(result.value)) == (value, type(value))
@@ -199,6 +202,7 @@ class Contract(Suite):
             "type('S', (str,), {})('a')", "__import__('collections').OrderedDict(a=1)", "x = []; x.append(x); x",
         ],
     )  # fmt: skip
+    @one_session
     def test_what_json_cannot_hold_without_loss_has_an_echo_and_no_value(
         self, repl: Cells, code: str
     ) -> None:
@@ -216,6 +220,7 @@ class Contract(Suite):
     @pytest.mark.parametrize(
         "raised", ["ValueError('no')", "SystemExit(3)", "KeyboardInterrupt", "Exception(1, 2)"]
     )
+    @one_session
     def test_an_evil_repr_costs_its_cell_only(self, repl: Cells, method: str, raised: str) -> None:
         repl.ok("kept = 1")
         result = repl.run(f"class Evil:\n    def {method}(self): raise {raised}\nEvil()")
@@ -300,6 +305,7 @@ class Contract(Suite):
         assert repl.value("'x' in globals()") is False
 
     @pytest.mark.parametrize("code", ["x = '\0'", f"x = '{LONE}'", "(" * 2000, "-" * 100_000 + "1"])
+    @one_session
     def test_source_that_cannot_be_compiled_is_an_error_of_its_cell(self, repl: Cells, code: str) -> None:
         repl.ok("kept = 1")
         assert repl.run(code).error is not None
@@ -316,10 +322,11 @@ class Contract(Suite):
             ("import asyncio\nasync def f(): raise SystemExit(1)\nawait f()", "SystemExit"),
         ],
     )  # fmt: skip
+    @one_session
     def test_whatever_a_cell_raises_is_its_error_and_costs_no_variable(
         self, repl: Cells, code: str, type_: str
     ) -> None:
-        repl.ok("kept = 1")
+        repl.ok("kept, own = 1, None")
         error = repl.error(f"own = 2\n{code}")
         assert (error.kind, error.type) == ("exception", type_)
         assert repl.value("[kept, own]") == [1, 2]
@@ -379,6 +386,7 @@ class Contract(Suite):
         ],
     )  # fmt: skip
     @requires("cpython")
+    @one_session
     def test_a_replaced_or_closed_stdout_is_back_in_the_next_cell(self, repl: Cells, code: str) -> None:
         repl.ok("import io, os, sys; kept = 1")
         repl.run(code)
@@ -411,22 +419,17 @@ class Contract(Suite):
         assert out == "z" * 1_900_000
 
     @requires("streaming")
-    def test_output_streams_while_the_cell_runs(self, open_cells: OpenCells) -> None:
-        came = threading.Event()
+    async def test_output_streams_while_the_cell_runs(self, open_sandbox: OpenSandbox) -> None:
         seen: list[tuple[str, str]] = []
-
-        def on_output(stream: str, text: str) -> None:
-            seen.append((stream, text))
-            came.set()
-
+        sandbox = await open_sandbox(on_output=lambda stream, text: seen.append((stream, text)))
         code = "import time\nprint('early')\nwhile True: time.sleep(0.01)"
-        repl = open_cells(on_output=on_output)
-        runner = threading.Thread(target=repl.run, args=[code, 3])
-        runner.start()
-        assert eventually(lambda: came.is_set() or not runner.is_alive(), 30)
-        assert runner.is_alive(), "nothing came before the cell had ended"
-        runner.join()
-        assert seen[0] == ("stdout", "early\n")
+        cell = asyncio.create_task(sandbox.run(code))
+        try:
+            await asyncio.to_thread(eventually, lambda: bool(seen) or cell.done())
+            assert seen and not cell.done(), "nothing came while the cell ran"
+            assert seen[0] == ("stdout", "early\n")
+        finally:
+            cell.cancel()
 
     @requires("streaming")
     def test_streamed_output_comes_in_batches_and_adds_up(self, open_cells: OpenCells) -> None:

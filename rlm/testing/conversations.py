@@ -11,7 +11,7 @@ import pytest
 
 from rlm_scripted import ScriptedLM
 
-from .. import hostloop
+from .. import conversation, hostloop
 from ..client import Message
 from ..environment import SupportsPersistence
 from ..errors import Cancelled, ConfigError, ModelError
@@ -186,12 +186,72 @@ class Conversations(Suite):
             FINAL('done')
             """
         )
-        client = ScriptedLM([first, cell("FINAL(errors)")], rules=[("in flight", lambda messages: hang())])
+        client = script(first, cell("FINAL(errors)"))
+        client.add_rule(r"\Ain flight\Z", lambda messages: hang(), regex=True)
         with open_rlm(client, custom_tools={"until_begun": begun.wait}).session() as session:
             session.completion("c")
             assert session._env is not None
             hostloop.run(session._env.execute("thread.join(20)"))
             assert session.completion("c").value == [["ModelError", True]] * 2
+
+    @requires("persistence", "cpython", "threads")
+    def test_a_thread_that_ends_the_process_between_completions_costs_no_variable_unsaid(
+        self, open_rlm: OpenRLM
+    ) -> None:
+        begun = asyncio.Event()
+
+        async def hang() -> None:
+            begun.set()
+            await asyncio.sleep(HOUR)
+
+        first = cell(
+            """
+            import os, threading
+            def end():
+                try: llm_query('in flight')
+                finally: os._exit(1)
+            threading.Thread(target=end, name='the end').start()
+            until_begun()
+            """
+        )
+        seen: list[str] = []
+
+        def third(messages: Sequence[Message]) -> str:
+            seen.append(messages[1].content)
+            return cell("FINAL([context, globals().get('x'), 'threading' in globals()])")
+
+        client = script(first, cell("x = 1\nFINAL(x)"), third)
+        client.add_rule(r"\Ain flight\Z", lambda messages: hang(), regex=True)
+        with open_rlm(client, custom_tools={"until_begun": begun.wait}).session() as session:
+            session.completion("c")
+            context, x, had_imported = session.completion(None, "again").value
+        assert context == "c"
+        if "rollback" in self.capabilities:
+            assert had_imported
+            assert "thread the end" in seen[0]
+            assert x == 1 or "what the last cell did" in seen[0]
+        else:
+            assert x == 1 or "every variable" in seen[0]
+
+    @requires("persistence", "cpython")
+    def test_an_answer_that_does_not_let_go_holds_up_no_completion(
+        self, open_rlm: OpenRLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(conversation, "RENEWAL_TIMEOUT", 0.5)
+        stays = """
+            import signal
+            class R(dict):
+                def __del__(self):
+                    signal.signal(2, signal.SIG_IGN)
+                    while True: pass
+            x = 1
+            answer = R(content='one', ready=True)
+            """
+        rlm = open_rlm(script(cell(stays), cell("FINAL([globals().get('x'), answer])")))
+        with rlm.session() as session:
+            assert session.completion("c").response == "one"
+            kept = 1 if {"snapshots", "rollback"} & set(self.capabilities) else None
+            assert session.completion("c").value == [kept, {"content": "", "ready": False}]
 
     # --- several ------------------------------------------------------------------------------------------
 

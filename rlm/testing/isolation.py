@@ -29,7 +29,7 @@ import pytest
 
 from ..environment import BaseEnv, WorkerEnv
 from .sessions import Cells, OpenCells, Sandbox
-from .suite import Suite, requires
+from .suite import Suite, one_session, requires
 
 CANARY = "canary-5f1d0c7e"
 
@@ -266,6 +266,7 @@ class IsolationLevel(Suite):
 
     @pytest.mark.parametrize("path", ["/etc/shadow", "/proc/kcore", "/dev/mem", "/dev/kmsg", "/root/.bashrc"])
     @requires("isolation")
+    @one_session
     def test_a_secret_of_the_system_cannot_be_read(self, repl: Cells, path: str) -> None:
         self.need(repl, "files")
         assert outcome(repl, f"open({path!r}, 'rb').read(1)") != ""
@@ -402,6 +403,7 @@ class IsolationLevel(Suite):
 
     @pytest.mark.parametrize("target", ["os.getppid()", "1", "{victim}", "{host}"])
     @requires("isolation", "cpython")
+    @one_session
     def test_other_processes_cannot_be_traced_or_read(self, repl: Cells, victim: int, target: str) -> None:
         self.need(repl, "system calls")
         pid = target.format(victim=victim, host=os.getpid())
@@ -487,6 +489,7 @@ class IsolationLevel(Suite):
 
     @pytest.mark.parametrize("what", SYSTEM_CALLS)
     @requires("isolation", "cpython")
+    @one_session
     def test_a_system_call_has_no_effect(self, repl: Cells, what: str) -> None:
         self.need(repl, "system calls")
         if repl.value("import platform; platform.machine()") != "x86_64":

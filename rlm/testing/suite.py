@@ -85,6 +85,41 @@ def requires(*capabilities: str) -> Callable[[Test], Test]:
     return mark
 
 
+def one_session(test: Test) -> Test:
+    """A test whose cases leave nothing that another of them minds: `repl` is the same for all of them.
+
+    For tables of small cells, each of which takes less time than to start a session.
+    """
+    test.one_session = True  # type: ignore[attr-defined]
+    return test
+
+
+class _Kept:
+    """A session for one case after the other of a test, until one fails or it is another test's turn."""
+
+    def __init__(self) -> None:
+        self.test = ""
+        self._of: object = None
+        self._cells: Cells | None = None
+        self._open = contextlib.ExitStack()
+
+    def session(self, request: pytest.FixtureRequest, environment: BaseEnv) -> Cells:
+        """The one that is there, or a new one."""
+        pattern = type(environment), repr(environment._arguments)
+        of = request.node.originalname, pattern, request.session.testsfailed
+        if self._cells is None or of != self._of:
+            self.close()
+            request.node.getparent(pytest.Class).addfinalizer(self.close)
+            self._cells = Cells(self._open.enter_context(open_repl(environment)))
+            self.test, self._of = request.node.originalname, of
+        return self._cells
+
+    def close(self) -> None:
+        """End it, if there is one."""
+        self.test, self._cells = "", None
+        self._open.close()
+
+
 async def _awaited(open_sandbox: OpenSandbox) -> Sandbox:
     return await open_sandbox()
 
@@ -144,11 +179,13 @@ class Suite(PluginSuite):
         return 0
 
     _seen: Set[str] = frozenset()
+    _kept: ClassVar[_Kept]
 
     # -- what tests use
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._kept = _Kept()
         unknown = set(cls.capabilities) - set(CAPABILITIES)
         if unknown:
             raise TypeError(f"{cls.__name__}: no capability is called {', '.join(sorted(unknown))}")
@@ -200,9 +237,16 @@ class Suite(PluginSuite):
 
             yield new
 
+    @pytest.fixture(autouse=True)
+    def _one_at_a_time(self, request: pytest.FixtureRequest) -> None:
+        if self._kept.test != request.node.originalname:
+            self._kept.close()
+
     @pytest.fixture
-    def repl(self, open_cells: OpenCells) -> Cells:
-        """One open session."""
+    def repl(self, request: pytest.FixtureRequest, environment: BaseEnv, open_cells: OpenCells) -> Cells:
+        """One open session, kept for the next case where the test says so and none is known to fail."""
+        if hasattr(request.function, "one_session") and not request.node.get_closest_marker("xfail"):
+            return self._kept.session(request, environment)
         return open_cells()
 
     @pytest.fixture

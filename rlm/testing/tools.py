@@ -257,15 +257,15 @@ class HostTools(Suite):
     def test_children_have_their_parents_tools_or_those_that_are_theirs(self, open_rlm: OpenRLM) -> None:
         def names(**settings: Any) -> list[str]:
             look = "[name for name in ('get', 'table', 'other') if name in globals()]"
-            model = family(cell(f"FINAL([str({look}), rlm_query('q')])"), cell(f"FINAL({look})"))
-            tools = {"get": lambda: 1, "table": [1]}
-            rlm = open_rlm(model, max_depth=2, custom_tools=tools, **settings)
+            root = cell(f"FINAL([str({look}), rlm_query('one'), rlm_query('two')])")
+            rlm = open_rlm(family(root, cell(f"FINAL({look})")), max_depth=2, custom_tools=tools, **settings)
             found: list[str] = rlm.completion("c", QUESTION).value
             return found
 
-        assert names() == ["['get', 'table']"] * 2
-        assert names(custom_sub_tools={}) == ["['get', 'table']", "[]"]
-        assert names(custom_sub_tools={"other": [2]}) == ["['get', 'table']", "['other']"]
+        tools = {"get": lambda: 1, "table": [1]}
+        assert names() == ["['get', 'table']"] * 3
+        assert names(custom_sub_tools={}) == ["['get', 'table']", "[]", "[]"]
+        assert names(custom_sub_tools={"other": [2]}) == ["['get', 'table']", "['other']", "['other']"]
 
     def test_a_child_calls_the_tools_of_children_and_not_its_parents(self, open_rlm: OpenRLM) -> None:
         model = family(cell("FINAL([who(), rlm_query('q')])"), cell("FINAL(who())"))
