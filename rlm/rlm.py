@@ -375,16 +375,12 @@ class RLM:
     async def _connect(self) -> tuple[Backends, list[str]]:
         """The clients, made on first use, on the core's loop; and what they have to say."""
         self._notice_fork()
-        if self._backends is None:
-            backends = connect(self.config)
-            try:
-                backends.check_aliases()
-            except ConfigError:
-                await backends.aclose()
-                raise
-            self._backends = backends
+        backends = self._backends
+        if backends is None:
+            backends = self._backends = connect(self.config)
             self._finalizer = weakref.finalize(self, hostloop.run_at_end, backends.aclose)
-        notes = await self._backends.prepare()
+        notes = await backends.prepare()
+        backends.check_aliases()  # only now are the names of all models known
         if self.config.max_budget is not None:
-            self._backends.check_prices()
-        return self._backends, notes
+            backends.check_prices()
+        return backends, notes

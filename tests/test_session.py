@@ -741,6 +741,35 @@ async def test_a_handler_that_ends_takes_its_sessions_along() -> None:
         await asyncio.open_connection(*address)
 
 
+async def test_a_session_that_outlives_its_handler_goes_on_with_another() -> None:
+    async with LMHandler(None, Ledger(Limits()), EventBus()) as second:
+        async with LMHandler(None, Ledger(Limits()), EventBus()) as first:
+            house = House(first)
+            session, peer = await house.enter()
+            session.outlives_handler = True
+            peer.send(call(1, HOLD))
+            await house.until_asked(1)
+        second.take_over(session)
+        house.gate.set()
+        assert (await peer.receive())[1] == [b"HOLD"]
+        peer.send(call(2, b"still here"))
+        assert (await peer.receive())[1] == [b"STILL HERE"]
+        assert session.is_connected
+        session.outlives_handler = False
+    await peer.ended()
+    await peer.leave()
+    assert session.lost.result() == "the session was closed"
+
+
+async def test_of_two_handlers_either_may_end_a_session_that_has_moved(house: House) -> None:
+    session, peer = await house.enter()
+    async with LMHandler(None, Ledger(Limits()), EventBus()) as other:
+        other.take_over(session)
+        other.close_session(session)
+        house.handler.close_session(session)
+    await peer.ended()
+
+
 # --- listening ---------------------------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ KEPT: dict[str, tuple[str, str, Any]] = {
     "an exception": ("class E(ValueError): pass\ntry: raise E('said')\nexcept E as error: caught = error", "[type(caught) is E, str(caught)]", [True, "said"]),
     "names of one object": ("a = []\nb = [a, a]\nd = {'a': a}\ndef add(): a.append(1)", "add()\n[b, d['a'] is a, b[0] is b[1]]", [[[1], [1]], True, True]),
     "what holds itself": ("r = []\nr.append(r)\nn = {}\nn['n'] = n", "[r[0] is r, n['n'] is n]", [True, True]),
+    "a function with a cache": ("import functools\n@functools.lru_cache\ndef fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)\nfib(9)", "fib(30)", 832040),
     "modules": ("import math as m, os.path", "[m.floor(2.5), os.path.join('a', 'b')]", [2, "a/b"]),
     "types of the library": ("import datetime, decimal, re\nthings = [datetime.date(2024, 2, 29), decimal.Decimal('1.10'), re.compile('a+'), {1, 2}, (1,), b'x', 10**30, 1j, range(3)]", "repr(things)", "[datetime.date(2024, 2, 29), Decimal('1.10'), re.compile('a+'), {1, 2}, (1,), b'x', 1000000000000000000000000000000, 1j, range(0, 3)]"),
     "the framework's own functions": ("ask = llm_query\ndef use(p): return llm_query(p)", "[ask is llm_query, ask('a'), use('b')]", [True, "echo:a", "echo:b"]),
@@ -56,13 +57,13 @@ UNSAVABLE = {
     "running": "running = (i for i in range(3))",
     "file": "import os; file = open(os.devnull, 'w')",
     "among": "among = [1, {'lock': threading.Lock()}]",
+    "leaves": "class L:\n    def __reduce__(self): raise SystemExit(1)\nleaves = L()",
     "refuses": "class R:\n    def __reduce__(self): raise ValueError('not me')\nrefuses = R()",
     "deep": "deep = []\nfor _ in range(100_000): deep = [deep]",
 }
 
 HARM = {
     "exits": "import os; os._exit(1)",
-    "raises an exit": "raise SystemExit(1)",
     "never ends": "while True: pass",
     "ends the process": "import os; os.kill(os.getpid(), 9)",
 }
