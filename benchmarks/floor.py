@@ -1,7 +1,8 @@
 """What the machine itself takes: the least that any framework could need, in the same format.
 
 `echo` is the price of asking another process something, `pool` that of many sleeps at once,
-`import` that of the standard library's own weight.
+`tree` that of a root which waits for many children, `import` that of the standard library's own
+weight.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from peers.common import (
     import_times,
     main,
     median_ms,
+    tree_cpu_s,
 )
+from peers.probes import CHILD_TURNS, IDEAL_S, SUB_LATENCY_S
 
 REQUEST_BYTES = 90
 REPLY_BYTES = 60
@@ -135,6 +138,36 @@ def pool(options: Options) -> Values:
     return {"seconds": median_ms(taken) / 1e3}
 
 
+# --- tree -----------------------------------------------------------------------------------
+
+
+async def child() -> None:
+    for _ in range(CHILD_TURNS):
+        await asyncio.sleep(SUB_LATENCY_S)
+
+
+async def root(children: int) -> None:
+    await asyncio.sleep(SUB_LATENCY_S)
+    await asyncio.gather(*(child() for _ in range(children)))
+    await asyncio.sleep(SUB_LATENCY_S)
+
+
+def tree(options: Options) -> Values:
+    taken, used = [], []
+    for _ in range(options.reps):
+        cpu, started = tree_cpu_s(), time.perf_counter()
+        asyncio.run(root(options.children))
+        taken.append(time.perf_counter() - started)
+        used.append(tree_cpu_s() - cpu)
+    seconds = median_ms(taken) / 1e3
+    return {
+        "seconds": seconds,
+        "of_ideal": seconds / IDEAL_S,
+        "answered": options.children,
+        "cpu_ms": median_ms(used) / options.children,
+    }
+
+
 # --- import ---------------------------------------------------------------------------------
 
 
@@ -155,6 +188,7 @@ PROBES = {
         ),
     ),
     "pool": Probe(60, (Step(pool, ("seconds",)),)),
+    "tree": Probe(60, (Step(tree, ("seconds", "of_ideal", "answered", "cpu_ms")),)),
     "import": Probe(60, (Step(stdlib_import, ("stdlib_ms",)),)),
 }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from peers.common import (
     Options,
@@ -13,16 +15,21 @@ from peers.common import (
     Probe,
     Step,
     StubModel,
+    TreeModel,
     Values,
     fresh_python_s,
     import_times,
     main,
     median_ms,
+    turn_of,
     version_of,
 )
-from peers.probes import EDGE, TRIVIAL, probes_of, run_cells, warm_up
+from peers.probes import EDGE, QUESTION, TRIVIAL, probes_of, run_cells, warm_up
 
 from rlm import RLM, BaseLM, Reply, Request
+
+#: Settings by which an RLM keeps sandboxes of ended child runs for later ones: there are none.
+POOLING: dict[str, Any] = {"pool": 51}  # the root's and fifty children's
 
 CONSTRUCT = "from rlm import RLM; RLM(backend='scripted', environment='local')"
 SCRIPT = """
@@ -47,6 +54,19 @@ class Client(BaseLM):
         if request.messages[0].role == "system":
             return Reply(await self._model.aask_root())
         return Reply(await self._model.aask_sub())
+
+
+class TreeClient(BaseLM):
+    """The stub that answers by the turn, as the model of roots or of children."""
+
+    model_name = "stub"
+    simulated = True
+
+    def __init__(self, ask: Callable[[int], Awaitable[str]]) -> None:
+        self._ask = ask
+
+    async def complete(self, request: Request) -> Reply:
+        return Reply(await self._ask(turn_of(message.role for message in request.messages)))
 
 
 def framework(model: StubModel) -> RLM:
@@ -74,6 +94,19 @@ class Ours(Peer):
             return [None if isinstance(end, BaseException) else end.response for end in ended]
 
         return asyncio.run(gather())
+
+    @contextmanager
+    def trees(self, model: TreeModel, width: int | None) -> Iterator[Callable[[str], str]]:
+        given = POOLING if width is None else POOLING | {"max_concurrent_subcalls": width}
+        with RLM(
+            backend=TreeClient(model.aask_root),
+            sub_backend=TreeClient(model.aask_child),
+            environment="local",
+            max_depth=2,
+            max_iterations=1_000_000,
+            **given,
+        ) as rlm:
+            yield lambda context: rlm.completion(context, QUESTION).response
 
 
 # --- what no peer has -----------------------------------------------------------------------

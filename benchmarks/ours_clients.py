@@ -36,7 +36,8 @@ from rlm.client import Message
 from rlm.config import Config
 from rlm.events import AnyEvent, EventBus, ModelReplied
 from rlm.handler import Caller, LMHandler
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 
 IMPORT = "import rlm_openai"
 FIRST_IMPORT = "import rlm, rlm_openai"
@@ -44,7 +45,8 @@ FIRST_CALL = """
 from rlm.client import Message
 from rlm.events import EventBus
 from rlm.handler import Caller, LMHandler
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 client = rlm_openai.OpenAILM("stub", base_url=url)
 handler = LMHandler(client, Ledger(Limits()), EventBus())
 await handler.complete([Message("user", "hello")], Caller("run", None, 0, "sub"))

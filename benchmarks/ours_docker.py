@@ -14,7 +14,7 @@ from setup_docker import IMAGE
 from rlm import open_repl
 from rlm.environment import REPLResult
 from rlm.hostloop import run
-from rlm.rlm import REPL
+from rlm.repl import REPL
 from rlm_docker import DockerREPL
 
 POOL = 4

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import inspect
-import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from .client import BaseLM, Reply, Request, Usage
 from .errors import ConfigError, ModelError
+from .threads import Threads
 
 THREADS = 256
 """Calls in flight of one synchronous client: no fewer than a run makes at once unless told otherwise,
 for a call that waited for a thread would spend the time of its attempt with that."""
-
-IDLE = 10.0
-"""Seconds a thread waits for its next call."""
 
 
 class SyncLM(BaseLM):
@@ -39,13 +34,13 @@ class SyncLM(BaseLM):
         self._is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
             getattr(call, "__call__", None)  # noqa: B004 - an object whose call is a coroutine function
         )
-        self._threads = _Threads(threads)
+        self._threads = Threads(threads, "rlm-client")
 
     async def complete(self, request: Request) -> Reply:
         if self._is_async:
             said = self._call(request)
         else:
-            said = await asyncio.wrap_future(self._threads.submit(lambda: self._in_thread(request)))
+            said = await self._threads.run(lambda: self._in_thread(request))
         if inspect.isawaitable(said):  # also of a method that is a coroutine function, or a lambda around one
             try:
                 said = await said
@@ -69,72 +64,6 @@ class SyncLM(BaseLM):
 
     async def aclose(self) -> None:
         self._threads.close()
-
-
-class _Threads:
-    """Daemon threads: the interpreter waits for those of ThreadPoolExecutor before it ends."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._count = self._idle = 0
-        self._closed = False
-        self._jobs: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
-        self._changed = threading.Condition()
-
-    def submit(self, work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
-        """Have work done in one of the threads, when one is free."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the client is closed")
-            self._jobs.append((future, work))
-            if self._idle < len(self._jobs) and self._count < self._most:
-                self._start()
-            self._changed.notify()
-        return future
-
-    def close(self) -> None:
-        """Drop what has not begun, and let the threads end. Waits for none. Safe to call twice."""
-        with self._changed:
-            self._closed = True
-            dropped, self._jobs = self._jobs, deque()
-            self._changed.notify_all()
-        for future, _ in dropped:
-            future.cancel()
-
-    def _start(self) -> None:
-        self._count += 1
-        try:
-            threading.Thread(target=self._work, name=f"rlm-client-{self._count}", daemon=True).start()
-        except RuntimeError:  # the system has no more; those that there are will do
-            self._count -= 1
-            if not self._count:
-                self._jobs.pop()
-                raise
-
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            future, work = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    value = work()
-                except BaseException as error:
-                    future.set_exception(error)
-                    del error
-                else:
-                    future.set_result(value)
-                    del value
-            del job, future, work  # nothing of a call is held until the next one
-
-    def _next(self) -> tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None:
-        with self._changed:
-            self._idle += 1
-            self._changed.wait_for(lambda: self._jobs or self._closed, IDLE)
-            self._idle -= 1
-            if self._jobs:
-                return self._jobs.popleft()
-            self._count -= 1
-            return None
 
 
 def _left(error: BaseException) -> ModelError:

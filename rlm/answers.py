@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Any
 
+from . import schemas
 from .errors import ConfigError, RLMError
+
+STEPS = 5_000_000
+"""What a check against the host's own JSON schema may cost: enough for any answer that a sandbox can give."""
 
 Validator = Callable[[str], str | None]
 """Told an answer's text; None accepts it, a text says to the model what is wrong with it."""
@@ -16,49 +19,42 @@ Validator = Callable[[str], str | None]
 class AnswerCheck:
     """Accepts a final answer, or says what is wrong with it.
 
-    ``model`` is a pydantic model, or any type that pydantic can make an adapter of.
+    ``model`` is a pydantic model, any type that pydantic can make an adapter of, or a JSON schema;
+    ``schema`` is what has been made of one already. Raises ConfigError for anything else.
     """
 
-    def __init__(self, model: Any = None, validator: Validator | None = None) -> None:
-        self._adapter = _adapter(model) if model is not None else None
+    def __init__(
+        self,
+        model: Any = None,
+        validator: Validator | None = None,
+        *,
+        schema: schemas.Schema | None = None,
+    ) -> None:
+        self._schema = schema if model is None else _schema(model)
         self._validator = validator
 
     def wanted(self) -> str:
         """What the model is told of it; empty when any answer will do."""
-        if self._adapter is None:
+        if self._schema is None:
             return ""
-        schema = json.dumps(self._adapter.json_schema(), ensure_ascii=False)
-        return f"Submit data that fits this JSON schema, as a value and not as text about it: {schema}"
+        told = "Submit data that fits this JSON schema, as a value and not as text about it:"
+        return f"{told} {self._schema.text}"
 
     async def check(self, text: str, value: Any) -> tuple[Any, str | None]:
         """The answer as the type asked for, if one was; and why it is not accepted, if it is not.
 
         ``value`` is the answer as data where it was plain data, ``text`` is its text. Raises
-        RLMError when the validator itself fails.
+        RLMError when the schema or the validator itself fails.
         """
         parsed = value
-        if self._adapter is not None:
-            parsed, complaint = self._parse(text, value)
+        if self._schema is not None:
+            # a large answer takes a while, and holds up no other run
+            parsed, complaint = await asyncio.to_thread(self._schema.parse, text, value)
             if complaint is not None:
                 return None, complaint
         if self._validator is None:
             return parsed, None
         return parsed, await self._ask(self._validator, text)
-
-    def _parse(self, text: str, value: Any) -> tuple[Any, str | None]:
-        from pydantic import ValidationError
-
-        assert self._adapter is not None
-        try:
-            if value is not None:
-                return self._adapter.validate_python(value), None
-            try:
-                return self._adapter.validate_json(text), None
-            except ValidationError:
-                return self._adapter.validate_python(text), None  # a type for which plain text will do
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc'])) or 'the answer'}: {e['msg']}" for e in error.errors()]
-            return None, "; ".join(problems[:20])
 
     async def _ask(self, validator: Validator, text: str) -> str | None:
         try:
@@ -72,11 +68,5 @@ class AnswerCheck:
         return complaint
 
 
-def _adapter(model: Any) -> Any:
-    from pydantic import TypeAdapter
-    from pydantic.errors import PydanticSchemaGenerationError
-
-    try:
-        return TypeAdapter(model)
-    except PydanticSchemaGenerationError:
-        raise ConfigError(f"response_model={model!r} is no type that pydantic knows how to check") from None
+def _schema(model: Any) -> schemas.Schema:
+    return schemas.of_json(model, steps=STEPS) if isinstance(model, dict) else schemas.of_type(model)

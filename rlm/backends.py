@@ -40,16 +40,18 @@ class Backends:
         cache: Cache | None = None,
         sampling: Mapping[str, Any] | None = None,
         sub_sampling: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.gates = list(gates)
         self._sub = sub or (self.gates[0] if self.gates else None)
         self._keys = keys
         self._recorder = recorder
         self._limited = limited
+        self._aliases = dict(aliases or {})
         self.cache = cache
         """Where replies are kept, if anywhere."""
-        self._sampling = _fields(sampling or {})
-        self._sub_sampling = self._sampling if sub_sampling is None else _fields(sub_sampling)
+        self._sampling = sampling_fields(sampling or {})
+        self._sub_sampling = self._sampling if sub_sampling is None else sampling_fields(sub_sampling)
 
     @classmethod
     def of(cls, client: BaseLM | None, *, owned: bool = False) -> Backends:
@@ -69,7 +71,7 @@ class Backends:
         """The gate for a call. Raises ModelError for a name that the run does not offer."""
         if model is None:
             return self._sub if sub and self._sub is not None else self.root
-        gate = self._names().get(model) if self.gates else self.root
+        gate = self._names().get(self._aliases.get(model, model)) if self.gates else self.root
         if gate is None:
             raise ModelError(
                 f"this run offers no model {model!r}; it offers {self._offered()}. "
@@ -99,7 +101,17 @@ class Backends:
         """The names worth telling: one for each gate."""
         names = self._names()
         first = {id(gate): name for name, gate in reversed(names.items())}
-        return ", ".join(repr(first[id(gate)]) for gate in self.gates if id(gate) in first)
+        offered = [first[id(gate)] for gate in self.gates if id(gate) in first]
+        return ", ".join(map(repr, [*self._aliases, *offered]))
+
+    def check_aliases(self) -> None:
+        """Raises ConfigError for an alias of a model that there is not, or that hides one."""
+        names = self._names()
+        for alias, name in self._aliases.items():
+            if name not in names:
+                raise ConfigError(f"model_aliases: {alias!r} stands for {name!r}; there is {self._offered()}")
+            if alias in names:
+                raise ConfigError(f"model_aliases: {alias!r} is the name of a model already")
 
     async def prepare(self) -> list[str]:
         """Ready every client. Returns what they have to say to the user."""
@@ -198,6 +210,7 @@ def connect(config: Config) -> Backends:
         limited=tuple(config.rate_limits),
         sampling=config.sampling_args,
         sub_sampling=config.sub_sampling_args,
+        aliases=config.model_aliases,
     )
 
 
@@ -323,7 +336,7 @@ def name_of(thing: Any) -> str:
 _SAMPLING = frozenset(("max_tokens", "temperature", "stop", "seed", "schema"))
 
 
-def _fields(sampling: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_fields(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling arguments as fields of a `Request`; what has no field of its own is ``extra``."""
     fields = {name: value for name, value in sampling.items() if name in _SAMPLING}
     if isinstance(stop := fields.get("stop"), str):

@@ -290,7 +290,7 @@ def _ask_environments(question: Literal["sandboxes", "sweep"]) -> list[SandboxIn
 
 def _try_environment(plugin: plugins.Plugin) -> str:
     """Start one, and say what it enforces."""
-    from .rlm import open_repl
+    from .repl import open_repl
 
     with open_repl(plugin.load()) as repl:
         isolation = repl.isolation

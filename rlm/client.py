@@ -207,8 +207,8 @@ class ModelUsageSummary(msgspec.Struct):
     total_calls: int = 0
     total_input_tokens: int = 0
     total_output_tokens: int = 0
-    total_cached_tokens: int = 0
     total_cost: float | None = None
+    total_cached_tokens: int = 0
     total_retries: int = 0
     """Attempts that failed and were made again; some may have been billed."""
     unpriced_calls: int = 0
@@ -231,6 +231,10 @@ class ModelUsageSummary(msgspec.Struct):
         """Count a reply that cost no call: nothing, which is a known cost."""
         self.total_cache_hits += 1
         self.total_cost = self.total_cost or 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; without a cost, when nobody knows it."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
 
 
 class UsageSummary(msgspec.Struct):
@@ -269,3 +273,9 @@ class UsageSummary(msgspec.Struct):
         costs = [usage.total_cost for usage in self.model_usage_summaries.values()]
         known = [cost for cost in costs if cost is not None]
         return sum(known) if known else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; without a cost, when nobody knows it."""
+        models = {name: usage.to_dict() for name, usage in self.model_usage_summaries.items()}
+        cost = {} if self.total_cost is None else {"total_cost": self.total_cost}
+        return {"model_usage_summaries": models, **cost}

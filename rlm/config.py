@@ -6,31 +6,32 @@ JSON. A key that is not here is an error that names the nearest one that is.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from . import secrets
 from .client import Price
 from .errors import ConfigError
 from .gate import Policy
-from .ledger import Limits
+from .limits import Limits
 from .pace import RateLimit
 
-_DEFAULTS = Limits()
+if TYPE_CHECKING:
+    from .callbacks import Callbacks
+
 _POLICY = Policy()
 
 
-class Config(BaseModel):
-    """Everything an RLM can be told. Immutable, and reusable for any number of runs."""
+class Config(Limits):
+    """Everything an RLM can be told, its limits among it. Immutable, and reusable for any number of runs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, strict=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     backend: Any = Field("openai", description="Name of the model client, or a BaseLM.")
     backend_kwargs: dict[str, Any] = Field(
@@ -49,6 +50,9 @@ class Config(BaseModel):
     other_backend_kwargs: list[dict[str, Any]] = Field(
         default_factory=list, description="Keywords for each of the other backends, in their order."
     )
+    model_aliases: dict[str, str] = Field(
+        default_factory=dict, description="Names that cells may use for models: alias to name."
+    )
     sampling_args: dict[str, Any] = Field(
         default_factory=dict,
         description="max_tokens, temperature, stop, seed, and fields of the provider's own, for every call.",
@@ -62,47 +66,42 @@ class Config(BaseModel):
     environment_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Keywords for the environment's constructor."
     )
-    max_iterations: int = Field(
-        _DEFAULTS.max_iterations, ge=1, description="Turns of a run before it is asked for its best answer."
+    custom_tools: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Functions and data that cells find by name; with a description as "
+        "{'tool': ..., 'description': ...}.",
     )
-    max_depth: int = Field(
-        _DEFAULTS.max_depth,
-        ge=0,
-        description="0: no sandbox, one plain call. 1: cells may call models. 2: and child runs; and so on.",
+    custom_sub_tools: dict[str, Any] | None = Field(
+        None, description="In place of custom_tools, for child runs; {} for none."
     )
-    max_timeout: float | None = Field(
-        None, gt=0, description="Seconds of wall time for the run and its children."
+    schemas: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Pydantic models, types or JSON schemas that cells ask for by name: schema='name'.",
     )
-    cell_timeout: float | None = Field(
-        _DEFAULTS.cell_timeout,
-        gt=0,
-        description="Seconds one cell may compute; waiting for models does not count.",
+    schema_retries: int = Field(
+        2, ge=0, description="Times that a reply which does not fit a cell's schema goes back to the model."
     )
-    max_calls: int | None = Field(None, ge=1, description="Model calls of the run and its children.")
-    max_sub_calls: int | None = Field(
-        None, ge=1, description="Those of them that cells make, with the turns of child runs."
+    persistent: bool = Field(
+        False, description="Keep the sandbox from one completion to the next: variables, contexts, histories."
     )
-    max_children: int | None = Field(None, ge=1, description="Child runs of the whole tree, at any depth.")
-    max_tokens: int | None = Field(None, ge=1, description="Input and output tokens of the whole tree.")
-    max_sub_tokens: int | None = Field(
-        None, ge=1, description="Those of them that cells use, with the turns of child runs."
+    snapshots: bool = Field(
+        True,
+        description="Save a session's variables after each completion, in case that its sandbox is lost.",
     )
-    max_budget: float | None = Field(
-        None, gt=0, description="US dollars for the run and its children. Every model's price must be known."
+    compaction: bool = Field(
+        False,
+        description="When a conversation comes near to what its model reads, go on from a summary; "
+        "all of it stands in the sandbox as `history`.",
     )
-    on_limit: Literal["raise", "answer"] = Field(
-        "raise",
-        description="When calls, tokens or dollars are used up: raise, or ask once for the best answer.",
+    compaction_threshold_pct: float = Field(
+        0.85, gt=0, le=1, description="How near: the part of the model's context window."
     )
-    max_errors: int | None = Field(
-        None, ge=1, description="Turns in a row whose cells may fail before the run ends."
-    )
-    max_output_chars: int = Field(
-        _DEFAULTS.max_output_chars, ge=200, description="Characters of a cell's output shown to the model."
+    pool: int = Field(
+        0, ge=0, description="Environments kept ready between completions, for runs and child runs."
     )
     max_concurrent_calls: int = Field(256, ge=1, description="Model calls in flight at a time.")
     max_concurrent_subcalls: int = Field(
-        16, ge=1, description="Child runs that one rlm_query_batched has going at a time."
+        16, ge=1, description="Child runs of the tree at work at a time; one that waits for children is not."
     )
     call_timeout: float | None = Field(
         _POLICY.timeout, gt=0, description="Seconds one attempt at a model call may take."
@@ -148,10 +147,62 @@ class Config(BaseModel):
     custom_system_prompt: str | None = Field(
         None, description="Replaces the system prompt, exactly as written."
     )
+    orchestrator: bool = Field(
+        True,
+        description="Whether the system prompt has its advice on how to go about a task. False: of the root "
+        "and its children alike it is without that, and the same otherwise.",
+    )
+    user_prologue: str | None = Field(
+        None, description="Further words of the user's, at the end of the root's first message."
+    )
     trace: Path | None = Field(
         None, strict=False, description="File to which every event is appended, as JSON lines."
     )
     verbose: bool = Field(False, description="Show progress on the terminal.")
+    logger: Any = Field(
+        None, description="An rlm.logger.RLMLogger: the result's metadata then says what the run did."
+    )
+
+    on_iteration_start: Callable[[int, int], object] | None = Field(
+        None, description="Told of each turn that begins: depth, number. On the core's thread, like the rest."
+    )
+    on_iteration_complete: Callable[[int, int, float], object] | None = Field(
+        None, description="Told of each turn that is over: depth, number, seconds."
+    )
+    on_subcall_start: Callable[[int, str, str], object] | None = Field(
+        None, description="Told of each child run that begins: depth, model, beginning of its prompt."
+    )
+    on_subcall_complete: Callable[[int, str, float, str | None], object] | None = Field(
+        None, description="Told of each child run that is over: depth, model, seconds, error or None."
+    )
+
+    def callbacks(self) -> Callbacks:
+        """The functions among these settings that are told of turns and child runs."""
+        from .callbacks import Callbacks
+
+        return Callbacks(
+            self.on_iteration_start,
+            self.on_iteration_complete,
+            self.on_subcall_start,
+            self.on_subcall_complete,
+        )
+
+    @field_validator(
+        "backend_kwargs", "environment_kwargs", "other_backends", "other_backend_kwargs", "custom_tools",
+        "sampling_args", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _nothing_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            return value
+        return cls.model_fields[info.field_name or ""].get_default(call_default_factory=True)
+
+    @field_validator("logger")
+    @classmethod
+    def _follows(cls, value: Any) -> Any:
+        if value is not None and not callable(getattr(value, "follow", None)):
+            raise ValueError("it is an rlm.logger.RLMLogger")
+        return value
 
     @field_validator("prices", "rate_limits", mode="before")
     @classmethod
@@ -176,7 +227,13 @@ class Config(BaseModel):
 
     @classmethod
     def create(cls, **values: Any) -> Config:
-        """A config from keywords. Raises ConfigError, naming what is wrong and what would be right."""
+        """A config from keywords; ``limits`` brings several at once, and each keyword wins over it.
+
+        Raises ConfigError, naming what is wrong and what would be right.
+        """
+        limits = values.pop("limits", None)
+        if limits is not None:
+            values = {**_as_table(limits), **values}
         for key in values:
             if key not in cls.model_fields:
                 raise ConfigError(_unknown(key, list(cls.model_fields)))
@@ -201,10 +258,80 @@ class Config(BaseModel):
                 raise ConfigError(f"{path}: there is no setting {key!r}: a setting is named by a word")
         return cls.create(**{**values, **overrides})
 
+    def savable(self) -> tuple[dict[str, Any], list[str]]:
+        """What was set and can lie in a file, exactly as it is; and the names of what cannot.
+
+        Keys stay out of files, each named by its place; so does what only this process has: objects and
+        functions, and whatever would be something else when it is read again.
+        """
+        kept: dict[str, Any] = {}
+        missing: list[str] = []
+        for name, value in sorted(self.given()):
+            keys: list[str] = []
+            try:
+                if name.endswith(("_kwargs", "sampling_args")):
+                    value = _without_keys(value, name, keys)
+                kept[name] = _exact(value)
+                missing += keys
+            except (TypeError, ValueError, OverflowError, RecursionError):
+                missing.append(name)
+        return kept, missing
+
     def limits(self) -> Limits:
         """The limits among these settings."""
-        names = (field.name for field in dataclasses.fields(Limits))
-        return Limits(**{name: getattr(self, name) for name in names})
+        return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
+
+
+def _without_keys(value: Any, place: str, keys: list[str]) -> Any:
+    """Settings without the keys in them, however deep; ``keys`` is told the places of those."""
+    if isinstance(value, dict):
+        secret = [name for name, item in value.items() if _holds_key(str(name), item)]
+        keys += [f"{place}.{name}" for name in secret]
+        left = {name: item for name, item in value.items() if name not in secret}
+        return {name: _without_keys(item, f"{place}.{name}", keys) for name, item in left.items()}
+    if isinstance(value, list):
+        return [_without_keys(item, f"{place}.{number}", keys) for number, item in enumerate(value)]
+    return value
+
+
+def _holds_key(name: str, value: Any) -> bool:
+    """Whether a setting is a key, or holds one that cannot be taken out of it."""
+    if isinstance(value, dict):
+        return secrets.is_secret(name) and secrets.mask(value, True) != value
+    if isinstance(value, list | tuple):
+        return any(_holds_key(name, item) for item in value if not isinstance(item, dict))
+    is_text = isinstance(value, str | bytes | secrets.SecretText)
+    return bool(is_text and secrets.mask(value, secrets.is_secret(name)) != value)
+
+
+def _exact(value: Any) -> Any:
+    """Settings as plain data, of which a file gives back the same. Raises TypeError or ValueError."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, Price | RateLimit):
+        return _exact(msgspec.to_builtins(value))
+    if type(value) is dict:
+        return {_exact(key): _exact(item) for key, item in value.items()}
+    if type(value) is list:
+        return [_exact(item) for item in value]
+    if type(value) is str:
+        value.encode("utf-8")  # what that has no form for, no file has
+    elif type(value) is int:
+        value.to_bytes(8, "big", signed=True)
+    elif value is not None and type(value) not in (bool, float, bytes):
+        raise TypeError(f"{type(value).__name__} cannot lie in a file")
+    return value
+
+
+def _as_table(limits: Any) -> dict[str, Any]:
+    if isinstance(limits, Limits):
+        return limits.model_dump(exclude_unset=True)
+    if not isinstance(limits, dict):
+        raise ConfigError(f"limits={limits!r}: give rlm.Limits(...), or a table of them")
+    for key in limits:
+        if key not in Limits.model_fields:
+            raise ConfigError(_unknown(key, list(Limits.model_fields)))
+    return limits
 
 
 def _shown(problem: Any) -> str:

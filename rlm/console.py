@@ -18,6 +18,7 @@ from .events import (
     AnyEvent,
     CellFinished,
     CellStarted,
+    Compacted,
     LimitReached,
     ModelFailed,
     ModelReplied,
@@ -126,6 +127,8 @@ def _line(event: AnyEvent) -> str | None:
         return f"call {event.call} failed: {visible(event.error)}"
     if isinstance(event, AnswerRejected):
         return f"answer rejected: {visible(event.reason)}"
+    if isinstance(event, Compacted):
+        return f"conversation summed up: {event.before:,} tokens, now {event.after:,}"
     if isinstance(event, LimitReached | Warned):
         return visible(event.message)
     if isinstance(event, RunFinished):

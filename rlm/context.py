@@ -9,11 +9,18 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .errors import ConfigError
 
-Form = Literal["text", "bytes", "pickle"]
+Form = Literal["text", "bytes", "pickle", "tools"]
+
+
+class Encoded(NamedTuple):
+    """A value as it travels into a sandbox."""
+
+    form: Form
+    data: bytes
 
 
 def resolve(context: Any) -> Any:
@@ -65,17 +72,19 @@ def _read_file(path: Path) -> str | bytes:
         return data
 
 
-def encode(context: Any) -> tuple[Form, bytes]:
+def encode(context: Any) -> Encoded:
     """A context as bytes that a worker turns back into the same value.
 
     Pickle only ever goes this way, from the host into the sandbox, never back.
     """
+    if isinstance(context, Encoded):
+        return context
     if isinstance(context, str):
-        return "text", context.encode("utf-8", "surrogatepass")
+        return Encoded("text", context.encode("utf-8", "surrogatepass"))
     if isinstance(context, bytes):
-        return "bytes", context
+        return Encoded("bytes", context)
     try:
-        return "pickle", pickle.dumps(context, protocol=4)
+        return Encoded("pickle", pickle.dumps(context, protocol=4))
     except Exception as error:  # any __reduce__ may raise anything
         raise ConfigError(
             f"a context of type {type(context).__name__} cannot be sent to a sandbox ({error}): "

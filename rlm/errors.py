@@ -19,13 +19,16 @@ RLMError
  |   |   |- Timeout             no reply within the time of one attempt
  |   |   |- ConnectFailed       no connection: nothing was sent
  |   |   `- ProtocolError       what came back is not a reply
+ |   |- InvalidReply          the reply has not the form that was asked for, however often it was told
  |   |- ReplayMiss            the recording has no reply for this request
  |   `- ScriptExhausted       the scripted client has no reply left
+ |- ToolError               a tool of the host's failed, or was called wrongly
  |- SandboxError            the sandbox, not the code in it, failed
  |   |- SandboxUnavailable    it cannot be started here
  |   `- SandboxLost           it died and could not be brought back
  `- LimitExceeded           a limit of the run was reached
      |- MaxIterationsExceeded
+     |- MaxDepthExceeded
      |- MaxCallsExceeded
      |- MaxChildrenExceeded
      |- MaxTokensExceeded
@@ -44,7 +47,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from .client import UsageSummary
     from .events import Trace
-    from .ledger import Limits
+    from .limits import Limits
 
 
 class RLMError(Exception):
@@ -170,12 +173,24 @@ class ProtocolError(RetryableError):
     """What came back is no reply: cut short, not JSON, or not in the protocol's shape."""
 
 
+class InvalidReply(ModelError):
+    """The reply has not the form that was asked for, even after the model was told what is wrong."""
+
+
 class ReplayMiss(ModelError):
     """The recording holds no reply for this request."""
 
 
 class ScriptExhausted(ModelError):
     """The scripted client was asked for more replies than its script has."""
+
+
+class ToolError(RLMError):
+    """A tool failed. ``kind`` is the name of the exception's type; the text names no path of the host's."""
+
+    def __init__(self, message: str, kind: str = "ToolError") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class SandboxError(RLMError):
@@ -201,10 +216,21 @@ class LimitExceeded(RLMError):
         self.used = used
 
 
+# what scripts written for rlms read of an error
+_USED = property(lambda error: error.used)
+_LIMIT = property(lambda error: error.limit)
+
+
 class MaxIterationsExceeded(LimitExceeded):
     """The iterations are used up, and no best answer could be had either."""
 
     name = "max_iterations"
+
+
+class MaxDepthExceeded(LimitExceeded):
+    """A child run would be deeper than the run tree may go."""
+
+    name = "max_depth"
 
 
 class MaxCallsExceeded(LimitExceeded):
@@ -223,27 +249,39 @@ class MaxTokensExceeded(LimitExceeded):
     """The tokens of the run tree are used up."""
 
     name = "max_tokens"
+    tokens_used, token_limit = _USED, _LIMIT
 
 
 class BudgetExceeded(LimitExceeded):
     """The money of the run tree is used up."""
 
     name = "max_budget"
+    spent, budget = _USED, _LIMIT
 
 
 class TimeoutExceeded(LimitExceeded):
     """The run took longer than its wall time."""
 
     name = "max_timeout"
+    elapsed, timeout = _USED, _LIMIT
 
 
 class ErrorThresholdExceeded(LimitExceeded):
     """Too many cells in a row have failed."""
 
     name = "max_errors"
+    error_count, threshold = _USED, _LIMIT
 
 
 class Cancelled(LimitExceeded):
     """The run was cancelled from outside."""
 
     name = "cancelled"
+
+
+# the names that scripts written for rlms know
+BudgetExceededError = BudgetExceeded
+CancellationError = Cancelled
+ErrorThresholdExceededError = ErrorThresholdExceeded
+TimeoutExceededError = TimeoutExceeded
+TokenLimitExceededError = MaxTokensExceeded

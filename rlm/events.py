@@ -42,6 +42,8 @@ class RunStarted(Event, frozen=True, kw_only=True, tag="run_started"):
     environment: str
     started: str | None = None
     """Wall-clock time, ISO 8601, on the root run only."""
+    prompt: str | None = None
+    """Of a child run without a question: what the cell asked it to do, which is its context as well."""
 
 
 class SandboxStarted(Event, frozen=True, kw_only=True, tag="sandbox_started"):
@@ -56,7 +58,7 @@ class SandboxStarted(Event, frozen=True, kw_only=True, tag="sandbox_started"):
 
 class ModelRequested(Event, frozen=True, kw_only=True, tag="model_requested"):
     """A call goes out, or would have: one whose reply is ``cached`` is numbered and recorded like any other,
-    at the moment of its reply. Histories only grow, so only what is new is recorded."""
+    at the moment of its reply. Histories grow at their end, so only what is new is recorded."""
 
     call: int
     kind: Literal["root", "sub"]
@@ -143,11 +145,30 @@ class CellFinished(Event, frozen=True, kw_only=True, tag="cell_finished"):
     seconds: float
 
 
+class Restored(Event, frozen=True, kw_only=True, tag="restored"):
+    """The sandbox of a conversation was gone, and another took its place, with what had been saved of it."""
+
+    reason: str
+    """Why it was gone."""
+    lost: list[str]
+
+
 class AnswerRejected(Event, frozen=True, kw_only=True, tag="answer_rejected"):
     """A final answer was submitted, and is not what was asked for."""
 
     iteration: int
     reason: str
+
+
+class Compacted(Event, frozen=True, kw_only=True, tag="compacted"):
+    """A conversation has been summed up, by a root request of its own, and goes on from the summary."""
+
+    number: int
+    """The first of a run is 1."""
+    before: int
+    """Tokens of the request that would have been the next one; estimated."""
+    after: int
+    """Tokens of the one that is."""
 
 
 class LimitReached(Event, frozen=True, kw_only=True, tag="limit_reached"):
@@ -186,7 +207,9 @@ AnyEvent = (
     | CellStarted
     | CellOutput
     | CellFinished
+    | Restored
     | AnswerRejected
+    | Compacted
     | LimitReached
     | Warned
     | RunFinished

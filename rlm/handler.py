@@ -111,7 +111,8 @@ class LMHandler:
         if self._server is not None:
             self._server.close()
         for session in tuple(self._sessions.values()):
-            self.close_session(session)
+            if not session.outlives_handler:
+                self.close_session(session)
         for connection in tuple(self._strangers):
             connection.transport.abort()
 
@@ -131,6 +132,10 @@ class LMHandler:
         self._sessions[session.id] = session
         return session
 
+    def take_over(self, session: Session) -> None:
+        """Own a session that another handler has opened; its connection stays."""
+        self._sessions[session.id] = session
+
     def close_session(self, session: Session) -> None:
         """End a session. Safe to call twice."""
         self._sessions.pop(session.id, None)
@@ -143,9 +148,17 @@ class LMHandler:
     # -- calls
 
     async def complete(
-        self, messages: Sequence[Message], caller: Caller, *, model: str | None = None, prefix: int = 0
+        self,
+        messages: Sequence[Message],
+        caller: Caller,
+        *,
+        model: str | None = None,
+        prefix: int = 0,
+        schema: dict[str, Any] | None = None,
     ) -> Reply:
         """Make one model call. ``prefix`` messages are known from the caller's previous one.
+
+        ``schema`` is the form of the reply, passed on where the model is known to heed one.
 
         A failed attempt is made again as the gate's policy says. Raises LimitExceeded before
         the call when the ledger has none left, ModelError when the model gives no reply.
@@ -154,6 +167,8 @@ class LMHandler:
         gate = self.models.choose(model, sub=caller.is_sub)
         call = _Call(self, caller, gate.client.model_name, messages[prefix:], prefix)
         request = self._request(messages, caller, gate)
+        if schema is not None and "schema" in (gate.info(call.model).supports or ()):
+            request = msgspec.structs.replace(request, schema=schema)
         if self._sharing is None:
             return await self._make(gate, request, call, caller)
         make = functools.partial(self._make, gate, request, call, caller)

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from .client import CHARACTERS_PER_TOKEN, ModelInfo, ModelUsageSummary, Request, Usage, UsageSummary
 from .errors import (
@@ -26,40 +26,11 @@ from .errors import (
     TimeoutExceeded,
 )
 
+if TYPE_CHECKING:
+    from .limits import Limits
+
 RESERVE = 0.05
 """Of tokens and money, what is kept for the last answer besides what a turn takes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a run tree may use. None is unlimited."""
-
-    max_iterations: int = 30
-    """Turns of one run: the model's reply and the cells in it."""
-    max_depth: int = 1
-    """0: the model is called without a sandbox. 1: cells may call models. 2: and start child runs."""
-    max_timeout: float | None = None
-    """Seconds of wall time for the whole tree, running cells included."""
-    cell_timeout: float | None = 120.0
-    """Seconds one cell may compute. Waiting for models does not count."""
-    max_calls: int | None = None
-    """Model calls of the whole tree."""
-    max_errors: int | None = None
-    """Turns in a row whose cells fail."""
-    max_output_chars: int = 20_000
-    """Characters of a cell's output that the model is shown; head and tail are kept."""
-    max_sub_calls: int | None = None
-    """Model calls that cells make, with the turns of child runs."""
-    max_children: int | None = None
-    """Child runs of the whole tree, at any depth."""
-    max_tokens: int | None = None
-    """Input and output tokens of the whole tree."""
-    max_sub_tokens: int | None = None
-    """Those that cells use, with the turns of child runs."""
-    max_budget: float | None = None
-    """US dollars for the whole tree."""
-    on_limit: Literal["raise", "answer"] = "raise"
-    """When calls, tokens or dollars are used up: end with the error, or ask once for the best answer."""
 
 
 class Allowance:
@@ -297,8 +268,9 @@ class Ledger:
 
     def out_of_time(self) -> TimeoutExceeded:
         """The error that says so."""
-        limit = self.limits.max_timeout
-        return TimeoutExceeded(f"the run took longer than max_timeout={limit:g} s", limit=limit)
+        limit = self.limits.max_timeout or 0.0
+        used = limit - (self.seconds_left() or 0.0)
+        return TimeoutExceeded(f"the run took longer than max_timeout={limit:g} s", limit=limit, used=used)
 
     # -- what there is to be told
 
@@ -306,14 +278,16 @@ class Ledger:
         """A copy of the accounts as they stand."""
         return UsageSummary({name: copy.copy(u) for name, u in self._usage.items()})
 
-    def budget(self, iterations_left: int) -> dict[str, float | int | None]:
-        """What is left, as a cell sees it."""
+    def budget(self, iterations_left: int, depth_left: int = 0) -> dict[str, float | int | None]:
+        """What is left, as a cell sees it; of depth, how many levels of child runs."""
         limits, seconds = self.limits, self.seconds_left()
         calls = [] if limits.max_calls is None else [limits.max_calls - self._kept_calls - self.calls]
         calls += [] if limits.max_sub_calls is None else [limits.max_sub_calls - self.sub_calls]
         tokens = min(self.tokens.left, self.sub_tokens.left)
         return {
             "iterations": iterations_left,
+            "depth": depth_left,
+            "children": None if limits.max_children is None else limits.max_children - self.children,
             "calls": min(calls, default=None),
             "tokens": max(int(tokens), 0) if math.isfinite(tokens) else None,
             "dollars": max(round(self.cost.left, 6), 0.0) if math.isfinite(self.cost.left) else None,

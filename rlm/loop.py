@@ -9,70 +9,60 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from . import context as contexts
-from . import prompts, protocol
+from . import prompts
 from .answers import AnswerCheck
 from .client import Message, Reply
+from .compaction import Compaction, SupportsPut, shared
+from .desk import Desk, Outcome, Stopped
 from .environment import BaseEnv, Host, Isolation, REPLResult
-from .errors import ErrorThresholdExceeded, LimitExceeded, MaxIterationsExceeded, RLMError
+from .errors import (
+    ErrorThresholdExceeded,
+    LimitExceeded,
+    MaxIterationsExceeded,
+    RLMError,
+)
 from .events import (
     AnswerRejected,
     AnyEvent,
     CellFinished,
     CellOutput,
     CellStarted,
-    EventBus,
+    Compacted,
     LimitReached,
+    Restored,
     RunFinished,
     RunStarted,
     SandboxStarted,
     Warned,
 )
-from .handler import Caller, LMHandler
-from .ledger import Ledger
+from .handler import Caller
 from .parsing import CodeBlock, ParsedReply, parse_reply
-
-Stopped = Literal["final", "plain", "max_iterations", "max_calls", "max_children", "max_tokens", "max_budget"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a run ended, when it ended well."""
-
-    response: str
-    value: Any
-    stopped: Stopped
-    iterations: int
-    parsed: Any = None
-    """The answer as the type that was asked for."""
+from .pool import Environments
+from .schemas import Schema
+from .tree import Tree
 
 
-@dataclasses.dataclass
-class Tree:
-    """What all runs of one completion share."""
+class Turn(Protocol):
+    """A run's part in a conversation: the sandbox is there already, and so is what was before."""
 
-    handler: LMHandler
-    ledger: Ledger
-    events: EventBus
-    new_environment: Callable[[], BaseEnv]
-    environment_name: str
-    backend_name: str
-    system_prompt: str | None
-    width: int
-    """Child runs of one batch at a time."""
-    numbers: Any = dataclasses.field(default_factory=lambda: itertools.count(1))
+    reason: str | None
+    """Why the sandbox had to be replaced, if it had."""
+    lost: list[str]
 
-    def next_run_id(self) -> str:
-        """A name for a run, unique in its tree."""
-        return f"run-{next(self.numbers)}"
+    async def enter(self, host: Host, environments: Environments, context: Any) -> BaseEnv:
+        """The conversation's sandbox, up, and served by this run, with its context in place."""
+
+    async def leave(self, run: Run, question: str | None, answer: str | None) -> None:
+        """The run is over, one way or another."""
+
+    def told(self, described: str) -> str:
+        """What the model is told of the contexts, the new one of which is ``described``."""
 
 
 class Run:
@@ -89,6 +79,7 @@ class Run:
         model: str | None = None,
         notes: Sequence[str] = (),
         check: AnswerCheck | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self._tree = tree
         self._context = context
@@ -99,12 +90,17 @@ class Run:
         self._model = model
         self._notes = notes
         self._check = check or AnswerCheck()
+        self._turn = turn
         self._messages: list[Message] = []
-        self._sent = 0
+        self._sent: list[Message] = []
+        self._compaction = Compaction() if tree.compaction is not None else None
         self._iteration = 0
         self._cells = 0
         self._failed_turns = 0
         self._env: BaseEnv | None = None
+        self._desk = Desk(
+            tree, self._caller("sub"), child=self._run_child, iterations_left=self._iterations_left
+        )
         self.partial: str | None = None
         """The best answer so far, should the run end early."""
 
@@ -122,24 +118,34 @@ class Run:
         try:
             outcome = await self._within_time()
         except BaseException as error:
+            await self._leave(self.partial)
             self._emit_failed(error, time.perf_counter() - start)
             raise
+        await self._leave(outcome.response)
         self._emit(
             RunFinished, stopped=outcome.stopped, response=outcome.response, iterations=outcome.iterations,
             seconds=time.perf_counter() - start, usage=self._tree.ledger.usage(),
         )  # fmt: skip
         return outcome
 
+    async def _leave(self, answer: str | None) -> None:
+        if self._turn is not None:
+            await self._turn.leave(self, self._question, answer)
+
     async def _within_time(self) -> Outcome:
         """The whole run under the tree's wall time. Children are inside their parent's."""
         seconds = self._tree.ledger.seconds_left() if self._depth == 0 else None
+        guard = self._tree.cancellable() if self._depth == 0 else contextlib.nullcontext()
         try:
-            async with asyncio.timeout(seconds) as scope:
+            async with guard, asyncio.timeout(seconds) as scope:
                 if self._tree.ledger.limits.max_depth == 0:
                     return await self._plain()
-                async with contextlib.AsyncExitStack() as stack:
+                async with self._desk.slot, contextlib.AsyncExitStack() as stack:
                     await self._start_environment(stack)
-                    return await self._loop()
+                    try:
+                        return await self._loop()
+                    finally:
+                        await self._desk.close()
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -155,10 +161,16 @@ class Run:
 
     async def _start_environment(self, stack: contextlib.AsyncExitStack) -> None:
         start = time.perf_counter()
-        self._env = self._tree.new_environment()
-        stack.push_async_callback(self._env.close)
-        await self._env.start(Host(self._tree.handler, self.serve, self._on_output, self._id))
-        await self._env.add_context(self._context)
+        host = Host(self._tree.handler, self._desk.serve, self._on_output, self._id, self._desk.tools)
+        if self._turn is None:
+            self._env = await stack.enter_async_context(self._tree.environments.lend(host))
+            await self._env.add_context(self._context)
+        else:
+            self._env = await self._turn.enter(host, self._tree.environments, self._context)
+            if self._turn.reason is not None:
+                self._emit(Restored, reason=self._turn.reason, lost=self._turn.lost)
+        if self._compaction is not None:
+            await self._compaction.begin(self._env)
         isolation = self._env.isolation
         self._emit(
             SandboxStarted, environment=self._tree.environment_name, level=isolation.level,
@@ -171,6 +183,7 @@ class Run:
         self._messages = self._opening()
         for self._iteration in range(1, limits.max_iterations + 1):
             try:
+                await self._compact()
                 reply = await self._ask()
             except LimitExceeded as error:
                 if limits.on_limit == "raise" or self._depth > 0:
@@ -201,23 +214,75 @@ class Run:
         tree, limits = self._tree, self._tree.ledger.limits
         system = tree.system_prompt
         if system is None:
-            deeper = self._depth + 1 < limits.max_depth
-            system = prompts.fill("system", recursion=prompts.text("recursion") + "\n" if deeper else "")
+            advice = f"{prompts.text('advice')} " if tree.advice else ""
+            system = prompts.fill("system", more=self._abilities(), advice=advice)
+        elif self._desk.tools:
+            system = f"{system}\n\n{prompts.fill('tools', tools=self._desk.tools.described())}"
         first = prompts.fill(
             "first",
-            context=contexts.describe(self._context),
-            iterations=str(limits.max_iterations),
             question=self._question or prompts.text("no_question"),
+            context=self._what_there_is(),
+            iterations=str(limits.max_iterations),
         )
-        first = "\n\n".join(part for part in (first, self._check.wanted()) if part)
+        prologue = tree.prologue if self._depth == 0 else None
+        first = "\n\n".join(part for part in (first, prologue, self._check.wanted()) if part)
         return [Message("system", system), Message("user", first)]
 
-    async def _ask(self) -> Reply:
-        """The model's next reply. The previous request is a prefix of this one, to the byte."""
-        prefix, self._sent = self._sent, len(self._messages)
-        return await self._tree.handler.complete(
-            self._messages, self._caller("root"), model=self._model, prefix=prefix
+    def _abilities(self) -> str:
+        """What this run can do besides what every run can, for the system prompt."""
+        parts = []
+        if self._desk.can_recurse:
+            parts.append(prompts.text("recursion"))
+        if self._compaction is not None and isinstance(self._env, SupportsPut):
+            parts.append(prompts.text("history"))
+        if names := self._tree.schemas.names:
+            parts.append(prompts.fill("schemas", names=", ".join(f"`{name}`" for name in names)))
+        if self._desk.tools:
+            parts.append(prompts.fill("tools", tools=self._desk.tools.described()))
+        return "".join(f"{part}\n" for part in parts)
+
+    def _what_there_is(self) -> str:
+        """The context, for the first message; in a conversation with what was before."""
+        described = contexts.describe(self._context)
+        if self._turn is None:
+            return prompts.fill("context", variable="context", context=described)
+        return self._turn.told(described)
+
+    @property
+    def history(self) -> list[dict[str, str]]:
+        """The messages of this run so far, role and content of each; summaries of them are marked."""
+        return (self._compaction or Compaction()).history(self._messages)
+
+    async def _ask(self, messages: list[Message] | None = None) -> Reply:
+        """The model's next reply. The previous request is a prefix of this one, to the byte.
+
+        Only where the conversation has been summed up, or its last message added to, it is not all of it.
+        """
+        messages = list(messages or self._messages)
+        reply = await self._tree.handler.complete(
+            messages, self._caller("root"), model=self._model, prefix=shared(self._sent, messages)
         )
+        self._sent = messages
+        if self._compaction is not None:
+            self._compaction.learn(messages, reply.usage)
+        return reply
+
+    async def _compact(self) -> None:
+        """Sum the conversation up, when the next request comes near to what its model reads."""
+        threshold, compaction, before = self._tree.compaction, self._compaction, self._messages
+        if threshold is None or compaction is None:
+            return
+        assert self._env is not None
+        limit, warning = threshold.tokens(self._tree.handler.models.choose(self._model, sub=self._depth > 0))
+        if warning is not None:
+            self._emit(Warned, message=warning)
+        left = self._tree.ledger.limits.max_iterations - self._iteration + 1
+        self._messages = await compaction.compact(before, limit, self._ask, self._env, left)
+        if self._messages is not before:
+            self._emit(
+                Compacted, number=compaction.number, before=compaction.tokens(before),
+                after=compaction.tokens(self._messages),
+            )  # fmt: skip
 
     def _caller(self, kind: Literal["root", "sub"]) -> Caller:
         return Caller(self._id, self._parent, self._depth, kind)
@@ -338,43 +403,25 @@ class Run:
                 used=self._failed_turns,
             )
 
-    # -- serving the cells
+    # -- what cells start, and print
 
-    async def serve(self, call: protocol.Call, texts: list[str]) -> Sequence[str | RLMError]:
-        """Answer what a cell of this run calls. What it may do is decided here, not in the frame."""
-        tree, limits = self._tree, self._tree.ledger.limits
-        if call.fn == "budget":
-            return [json.dumps(tree.ledger.budget(limits.max_iterations - self._iteration))]
-        half = len(texts) // 2 if call.contexts else len(texts)
-        inputs: list[str | None] = [*texts[half:]] if call.contexts else [None] * half
-        items = list(zip(texts[:half], inputs, strict=True))
-        deeper = call.fn == "rlm_query" and self._depth + 1 < limits.max_depth
+    def _iterations_left(self) -> int:
+        return self._tree.ledger.limits.max_iterations - self._iteration
 
-        async def ask(item: tuple[str, str | None]) -> str:
-            if deeper:
-                return await self._ask_child(*item, model=call.model)
-            prompt = item[0] if item[1] is None else f"{item[0]}\n\n{item[1]}"
-            reply = await tree.handler.complete(
-                [Message("user", prompt)], self._caller("sub"), model=call.model
-            )
-            return reply.text
-
-        if not call.batch:
-            return [await ask(item) for item in items]
-        return await tree.handler.each(items, ask, tree.width if deeper else tree.handler.concurrency)
-
-    async def _ask_child(self, prompt: str, context: str | None, model: str | None) -> str:
-        question = None if context is None else prompt
-        self._tree.ledger.reserve_child()
+    async def _run_child(
+        self, prompt: str, context: str | None, model: str | None, schema: Schema | None
+    ) -> Outcome:
+        """A child run on ``prompt``, which without a context is one."""
         child = Run(
             self._tree,
             prompt if context is None else context,
-            question,
+            None if context is None else prompt,
             depth=self._depth + 1,
             parent=self._id,
             model=model,
+            check=AnswerCheck(schema=schema),
         )
-        return (await child.run()).response
+        return await child.run()
 
     def _on_output(self, stream: str, text: str) -> None:
         self._emit(CellOutput, cell=self._cells, stream=stream, text=text)
@@ -390,6 +437,7 @@ class Run:
             RunStarted, question=self._question, context=contexts.describe(self._context),
             backend=self._tree.backend_name, environment=self._tree.environment_name,
             started=datetime.now(UTC).isoformat() if self._depth == 0 else None,
+            prompt=self._context if self._depth > 0 and self._question is None else None,
         )  # fmt: skip
         for note in self._notes:
             self._emit(Warned, message=note)

@@ -14,7 +14,9 @@ import msgspec
 
 from . import wire
 
-Part = Literal["stdout", "stderr", "echo", "value", "traceback", "final", "final_value", "draft"]
+Part = Literal[
+    "stdout", "stderr", "echo", "value", "traceback", "final", "final_value", "draft", "snapshot"
+]  # fmt: skip
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True, kw_only=True):
@@ -38,13 +40,27 @@ class Failed(_Message, frozen=True, tag="failed"):
 
 
 class Call(_Message, frozen=True, tag="call"):
-    """A cell calls a function of the host. One blob a prompt, then one a context."""
+    """A cell calls a function of the host.
+
+    One blob a prompt, then one a context; last, with ``schema``, what replies are to be, as JSON:
+    a JSON schema, or the name of a type of the host's. Of a tool: its arguments as JSON, by position
+    and by name.
+    """
 
     id: int
-    fn: Literal["llm_query", "rlm_query", "budget"]
+    fn: Literal["llm_query", "rlm_query", "budget", "tool"]
     model: str | None = None
     batch: bool = False
     contexts: bool = False
+    schema: bool = False
+    tool: str | None = None
+
+    def adds_up(self, count: int) -> bool:
+        """Whether it has as many blobs as it says."""
+        if self.fn in ("budget", "tool"):
+            return count == (self.fn == "tool")
+        prompts, odd = divmod(count - self.schema, 2 if self.contexts else 1)
+        return not odd and (prompts >= 0 if self.batch else prompts == 1)
 
 
 class Crash(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,6 +10,7 @@ touches no other.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import logging
 import secrets
@@ -17,7 +18,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 from . import protocol, wire
-from .errors import RLMError, SandboxLost, SandboxUnavailable
+from .context import Encoded
+from .errors import RLMError, SandboxLost, SandboxUnavailable, ToolError
 
 log = logging.getLogger("rlm.handler")
 
@@ -30,11 +32,15 @@ STALL_TIMEOUT = 30.0
 IN_FLIGHT_LIMIT = 4096
 """Calls one session may have in flight; more threads than that are an attack or a mistake."""
 
+HELD_LIMIT = 2 * wire.BLOB_LIMIT
+"""Bytes of text that the calls of one session may have in flight together: the host holds them."""
+
 BROKEN = "protocol error: "
 """How the reason begins when it was this end that closed a connection, for what came over it."""
 
 Blobs = list[bytes]
-Answers = Sequence[str | RLMError]
+Answers = Sequence[str | Encoded | RLMError]
+"""To each item of a call: a text, a value, or what went wrong."""
 ServeCalls = Callable[[protocol.Call, list[str]], Awaitable[Answers]]
 Receive = Callable[[protocol.Message, Blobs], None]
 
@@ -47,6 +53,9 @@ class Session:
         self._secret = secrets.token_hex(32)
         self.blob_limit = blob_limit
         self.in_flight = 0
+        self._held = 0
+        self.outlives_handler = False
+        """Whether the handler that ends leaves it for another one to take over."""
         self.on_waiting: Callable[[bool], None] = lambda waiting: None
         """Told when the sandbox begins, and when it ceases, to wait for a call."""
         self._serve = serve
@@ -149,16 +158,32 @@ class Session:
             texts = [blob.decode("utf-8") for blob in blobs]
         except UnicodeDecodeError:
             raise wire.FrameError("a prompt is not UTF-8") from None
+        size = sum(map(len, blobs))
+        fits = self._held + size <= HELD_LIMIT
+        self._held += size
         self.in_flight += 1
         if self.in_flight == 1:
             self.on_waiting(True)
-        task = asyncio.get_running_loop().create_task(self._answer(call, texts))
+        task = asyncio.get_running_loop().create_task(self._answer(call, texts if fits else None))
         self._calls[call.id] = task
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(functools.partial(self._end_call, size))
 
-    async def _answer(self, call: protocol.Call, texts: list[str]) -> None:
+    def _end_call(self, size: int, task: asyncio.Task[None]) -> None:
+        """A call is over: answered, or cancelled, perhaps before it has begun."""
+        self._tasks.discard(task)
+        self._held -= size
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self.on_waiting(False)
+
+    async def _answer(self, call: protocol.Call, texts: list[str] | None) -> None:
         try:
+            if texts is None:
+                raise RLMError(
+                    f"the calls in flight hold more than {HELD_LIMIT >> 20} MiB of text together: ask about "
+                    "smaller parts, or fewer at a time"
+                )
             answers = await self._serve(call, texts)
             header, blobs = _reply(call, answers)
         except RLMError as error:
@@ -170,9 +195,6 @@ class Session:
             wanted = self._calls.get(call.id) is asyncio.current_task()
             if wanted:  # else the process that asked is gone, and the number may be another call's
                 del self._calls[call.id]
-            self.in_flight -= 1
-            if self.in_flight == 0:
-                self.on_waiting(False)
         if self._connection is None or not wanted:
             return
         reply = {"t": "reply", "id": call.id}
@@ -183,7 +205,8 @@ class Session:
 
 
 def _clipped(error: RLMError, limit: int = 4000) -> list[str]:
-    return [type(error).__name__, str(error)[:limit]]
+    kind = error.kind if isinstance(error, ToolError) else type(error).__name__
+    return [kind[:200], str(error)[:limit]]
 
 
 def _reply(call: protocol.Call, answers: Answers) -> tuple[dict[str, Any], Blobs]:
@@ -193,6 +216,8 @@ def _reply(call: protocol.Call, answers: Answers) -> tuple[dict[str, Any], Blobs
         if isinstance(answer, RLMError):
             failures.append([index, *_clipped(answer, max(100, 400_000 // len(answers)))])
             blobs.append(b"")
+        elif isinstance(answer, Encoded):
+            return {"form": answer.form}, [answer.data]
         else:
             blobs.append(answer.encode("utf-8", "replace"))
     if failures and not call.batch:

@@ -63,6 +63,12 @@ FORWARD_TIMEOUT = 5.0
 READY_TIMEOUT = 5.0
 """Seconds a standby, or a new executor, has to report before another takes its place."""
 
+BEGIN_TIMEOUT = 3.0
+"""Seconds an executor has to leave a copy and begin a cell, which is not killed before that."""
+
+VACANCY = 0.3
+"""Seconds that a session without an executor waits for its next run: one may come at once, or none."""
+
 CROWD = 8
 """Processes that must still be possible, in a container, for an interrupt to make sense: it
 reaches one process, and a bomb is hundreds."""
@@ -79,11 +85,17 @@ _F_SETPIPE_SZ = 1031  # fcntl has the name from Python 3.10
 PLAIN_LIMIT = 1 << 20
 """Bytes of JSON up to which the value of a last expression travels as data."""
 
+SETTLING = 0.002
+"""Seconds without a command after which the host has loaded what it wanted to: contexts, tools."""
+
 HEADROOM = 8 << 20
 """Bytes that must be free, under the memory limit, for a standby to be of use."""
 
 FINAL_LIMIT = wire.BLOB_LIMIT // 8
 """Characters of a final answer: with escapes and beside other parts, it still fits into a frame."""
+
+SNAPSHOT_LIMIT = wire.BLOB_LIMIT // 2
+"""Bytes of saved variables."""
 
 ECHO_LIMIT = 20_000
 """Characters of the repr of a last expression."""
@@ -247,9 +259,21 @@ class Supervisor:
         self._restarts = 0
         self._ready_by = 0.0
         self._obituary: dict[str, Any] | None = None
+        self._doomed: int | None = None
+        """The cell that is to be killed, as soon as it has begun."""
+        self._doomed_by = 0.0
+        self._finished = 0
+        """The last cell whose result the host has."""
+        self._is_behind = False
+        """Whether the executor is a copy from before that cell."""
         self._end = time.monotonic() + float(options.get("time_to_live") or threading.TIMEOUT_MAX)
         self._memory_kills = _out_of_memory_kills()
         self._incoming: Incoming | None = None
+        self._vacant_until: float | None = None
+        """When an executor is to be started at the latest: there is none, after a reset."""
+        folders = filter(None, options.get("wipe") or [options.get("scratch")])
+        self._folders = {path: os.stat(path).st_mode & 0o7777 for path in folders if os.path.isdir(path)}
+        """All that cells can write to, for whoever begins anew, with the modes they had."""
 
     def run(self) -> NoReturn:
         """Serve until the host closes the stream, then leave nothing behind."""
@@ -305,7 +329,8 @@ class Supervisor:
         theirs.close()
         standby_theirs.close()
         self._executor = pid
-        self._slot.pid = 0
+        self._slot.pid = self._slot.cell = self._slot.kept = self._finished = 0
+        self._is_behind = False
         self._standby_socket = standby_ours
         self._attach(ours)
 
@@ -321,15 +346,20 @@ class Supervisor:
 
     def _turn(self) -> None:
         self._watch(self._host)
-        channel = self._channel.fileno()
-        interest = select.POLLIN if self._host.size < BACKLOG_LIMIT else 0
-        if self._to_executor.size:
-            interest |= select.POLLOUT
-        self._poll.modify(channel, interest)
+        channel = self._channel.fileno()  # -1 while there is no executor
+        if self._vacant_until is None:
+            interest = select.POLLIN if self._host.size < BACKLOG_LIMIT else 0
+            if self._to_executor.size:
+                interest |= select.POLLOUT
+            self._poll.modify(channel, interest)
         unsent = self._cell is not None and any(c.unsent for c in self._captured.values())
         timeout = STREAM_INTERVAL if unsent else self._time_left()
         if self._crash is not None:
             timeout = min(timeout, READY_TIMEOUT)
+        if self._vacant_until is not None:
+            timeout = min(timeout, VACANCY)
+        if self._doomed is not None:
+            timeout = 0.001
         for fd, _ in self._poll.poll(1000 * timeout):
             if fd == channel:
                 self._read_executor(channel)
@@ -344,6 +374,9 @@ class Supervisor:
                 break  # the executor was replaced: the other events may be of the old one
         if self._crash is not None and time.monotonic() > self._ready_by:
             self._recover(self._crash)
+        if self._vacant_until is not None and time.monotonic() > self._vacant_until:
+            self._end_vacancy()
+        self._kill_doomed()
         self._stream()
 
     def _time_left(self) -> float:
@@ -392,10 +425,18 @@ class Supervisor:
                     _signal(self._executor, signal.SIGINT)
         elif kind == "kill":
             if self._cell == message["id"] and self._crash is None:
-                self._recover({"cause": "killed", "code": 0})
+                self._doomed, self._doomed_by = self._cell, time.monotonic() + BEGIN_TIMEOUT
+                self._kill_doomed()
         elif self._crash is not None and kind in ("execute", "load", "part"):
             # until the dead cell's output and end are reported, nothing new may print
             self._held.append((message, header, blobs))
+        elif kind == "reset":
+            self._reset(message["id"])
+        elif kind == "reply" and self._vacant_until is not None:
+            pass  # whoever asked is gone
+        elif kind in ("execute", "load") and self._vacant_until is not None:
+            self._end_vacancy()
+            self._from_host(message, header, blobs)
         elif kind == "load" and message.get("shared"):
             self._loading.append(message["id"])
             assert self._lane is not None
@@ -411,6 +452,16 @@ class Supervisor:
             elif kind == "load":
                 self._loading.append(message["id"])
             self._tell_executor(wire.join(header, blobs))
+
+    def _kill_doomed(self) -> None:
+        """Kill the cell that is to be killed, once there is a copy of what was before it."""
+        if self._doomed is None:
+            return
+        if self._doomed != self._cell or self._crash is not None:
+            self._doomed = None  # it has ended by itself
+        elif self._slot.cell == self._doomed or time.monotonic() > self._doomed_by:
+            self._doomed = None
+            self._recover({"cause": "killed", "code": 0})
 
     def _tell_executor(self, frame: bytes) -> None:
         try:
@@ -440,6 +491,35 @@ class Supervisor:
         poll.register(self._channel.fileno(), select.POLLOUT)
         if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
             raise BlockingIOError
+
+    # -- beginning anew
+
+    def _reset(self, number: int) -> None:
+        """Leave nothing of what cells have started or written, for somebody else's session."""
+        if self._vacant_until is None:
+            self._poll.unregister(self._channel.fileno())
+            self._channel.close()
+        self._drop_incoming()
+        self._cell = self._crash = self._crashed_cell = None
+        self._loading.clear()
+        self._held.clear()
+        self._kill_all()
+        self._executor = 0
+        self._drain()
+        for captured in self._captured.values():
+            captured.take()
+        left = _wipe(self._folders)
+        if left or not self._folders:
+            error = f"these cannot be removed: {', '.join(left[:5])}" if left else "no folder is its own"
+            self._host.send(wire.encode({"t": "loaded", "id": number, "error": _clean(error, 2000)}))
+            raise EOFError
+        self._host.send(wire.encode({"t": "loaded", "id": number}))
+        self._vacant_until = time.monotonic() + VACANCY
+
+    def _end_vacancy(self) -> None:
+        if self._vacant_until is not None:
+            self._vacant_until = None
+            self._start_executor()
 
     # -- contexts that come in parts: kept once, outside of this process, and handed on whole
 
@@ -472,8 +552,8 @@ class Supervisor:
             return
         except ConnectionError:
             data = b""
-        if not data:  # closed by the cell: nothing can be said to this executor any more
-            self._recover({"cause": CHANNEL_CLOSED, "code": 0})
+        if not data:  # nothing can be said to this executor any more
+            self._recover(self._why_silent())
             return
         decoder = self._from_executor
         decoder.feed(data)
@@ -488,7 +568,9 @@ class Supervisor:
     def _from_cell(self, message: dict[str, Any], header: bytes, blobs: list[bytes]) -> None:
         kind = message["t"]
         if kind == "result":
-            self._finish_cell(_checked_result(message, self._cell, blobs), blobs)
+            result = _checked_result(message, self._cell, blobs)
+            self._finished = result["id"]
+            self._finish_cell(result, blobs)
         elif kind == "crowded":
             self._obituary = None
             self._kill_all(spare=(self._executor, self._slot.pid))
@@ -501,7 +583,7 @@ class Supervisor:
         elif kind == "loaded":
             self._finish_load(message)
         elif kind == "call":
-            _check_call(message)
+            _check_call(message, len(blobs))
             self._host.send(wire.join(header, blobs))
         else:
             raise wire.FrameError("an executor says nothing of this kind")
@@ -527,6 +609,8 @@ class Supervisor:
         if self._crash is not None:
             crash, self._crash = self._crash, None
             crash["lost"] = [_clean(name, 200) for name in message.get("lost", [])[:20]]
+            if self._is_behind:
+                crash["lost"].insert(0, "what the last cell did")
             if self._crashed_cell is None:
                 self._host.send(wire.encode({"t": "crash", "crash": crash}))
             else:
@@ -611,6 +695,18 @@ class Supervisor:
             elif pid == self._slot.pid:
                 self._slot.pid = 0
 
+    def _why_silent(self) -> dict[str, Any]:
+        """Why the executor's channel is closed: it is about to be dead, or a cell has closed it."""
+        for _ in range(20):
+            try:
+                pid, status = os.waitpid(self._executor, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid:
+                return self._cause_of_death(status)
+            time.sleep(0.002)
+        return {"cause": CHANNEL_CLOSED, "code": 0}
+
     def _cause_of_death(self, status: int) -> dict[str, Any]:
         if not os.WIFSIGNALED(status):
             return {"cause": "exit", "code": os.WEXITSTATUS(status)}
@@ -655,6 +751,8 @@ class Supervisor:
         """Wake the standby, and give it the socket on which its own standby will wait."""
         assert self._standby_socket is not None and self._crash is not None
         channel = self._standby_socket
+        kept = self._slot.kept
+        self._is_behind, self._finished = kept < self._finished, min(kept, self._finished)
         _discard_input(channel)  # the standby is silent until it is woken: this is a cell's garbage
         ours, theirs = socket.socketpair()
         # before it is woken: from then on the slot is its own to write, at once
@@ -713,11 +811,17 @@ class Supervisor:
 # What an executor says was said by a cell, if the cell wanted: it is checked before it goes to the
 # host, so that a cell that forges messages is rolled back, and does not end its session.
 
-_PARTS = frozenset(("echo", "value", "traceback", "final", "final_value", "draft"))
+_PARTS = {
+    "echo": 8 * ECHO_LIMIT, "value": PLAIN_LIMIT, "traceback": 8 * TRACEBACK_LIMIT, "final": 8 * FINAL_LIMIT,
+    "final_value": PLAIN_LIMIT, "draft": 8 * PLAIN_LIMIT, "snapshot": SNAPSHOT_LIMIT,
+}  # fmt: skip
+"""The parts of a result, and how many bytes each may have: of a character no more than eight."""
+
 _CALL_SHAPE: dict[str, Any] = {
     "t": str, "id": int, "fn": str, "model": (str, type(None)), "batch": bool, "contexts": bool,
-    "blobs": list,
+    "schema": bool, "tool": str, "blobs": list,
 }  # fmt: skip
+_CALLS = frozenset(("llm_query", "rlm_query", "budget", "tool"))
 
 
 def _clean(text: Any, limit: int) -> str:
@@ -732,8 +836,10 @@ def _checked_result(message: dict[str, Any], cell: int | None, blobs: list[bytes
     if type(message["id"]) is not int or message["id"] != cell:
         raise ValueError("the result of a cell that does not run")
     parts = message.get("parts", [])
-    if len(parts) != len(blobs) or len(set(parts)) != len(parts) or not _PARTS.issuperset(parts):
+    if len(parts) != len(blobs) or len(set(parts)) != len(parts):
         raise ValueError("parts that do not add up")
+    if any(len(blobs[index]) > _PARTS[part] for index, part in enumerate(parts)):
+        raise ValueError("a part that is too long")
     checked: dict[str, Any] = {"t": "result", "id": cell, "parts": list(parts)}
     if message.get("error") is not None:
         kind, text = message["error"]
@@ -743,24 +849,55 @@ def _checked_result(message: dict[str, Any], cell: int | None, blobs: list[bytes
     return checked
 
 
-def _check_call(message: dict[str, Any]) -> None:
+def _check_call(message: dict[str, Any], count: int) -> None:
     for name, value in message.items():
         if not isinstance(value, _CALL_SHAPE[name]):
             raise TypeError(name)
-    if message["fn"] not in ("llm_query", "rlm_query", "budget") or type(message["id"]) is not int:
+    if message["fn"] not in _CALLS or type(message["id"]) is not int or not 0 < message["id"] < 1 << 53:
         raise ValueError("no such call")
-    if message.get("model") is not None and not message["model"].isprintable():
-        raise ValueError("no such model")
+    if not _adds_up(message, count):
+        raise ValueError("texts that do not add up")
+    for name in ("model", "tool"):
+        if message.get(name) is not None and not message[name].isprintable():
+            raise ValueError("no such " + name)
+
+
+def _adds_up(call: dict[str, Any], count: int) -> bool:
+    """Whether a call has as many texts as it says: the host's `protocol.Call` has the same rule."""
+    if call["fn"] in ("budget", "tool"):
+        return count == int(call["fn"] == "tool")
+    texts = count - int(call.get("schema", False))
+    prompts, odd = divmod(texts, 2 if call.get("contexts") else 1)
+    return odd == 0 and (prompts >= 0 if call.get("batch") else prompts == 1)
 
 
 class StandbySlot:
     """Where an executor notes who its standby is, for a supervisor that it cannot tell any more.
 
-    A page shared by both. What a hostile cell writes there costs it its own standby.
+    A page shared by both. What a hostile cell writes there costs it its own standby, or spares
+    it for `BEGIN_TIMEOUT`.
     """
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
+
+    @property
+    def cell(self) -> int:
+        """The last cell that has begun; its standby is as all was before it."""
+        return int(struct.unpack_from("=q", self._page, 8)[0])
+
+    @cell.setter
+    def cell(self, value: int) -> None:
+        struct.pack_into("=q", self._page, 8, value)
+
+    @property
+    def kept(self) -> int:
+        """The last cell whose work the standby has."""
+        return int(struct.unpack_from("=q", self._page, 16)[0])
+
+    @kept.setter
+    def kept(self, value: int) -> None:
+        struct.pack_into("=q", self._page, 16, value)
 
     @property
     def pid(self) -> int:
@@ -807,6 +944,41 @@ def _out_of_memory_kills() -> int:
         except (OSError, ValueError, IndexError):
             pass  # not this version, or no cgroup of our own
     return 0
+
+
+def _wipe(folders: dict[str, int]) -> list[str]:
+    """Empty these folders, and give each its mode again. Returns what is left in them."""
+    left = []
+    for folder, mode in folders.items():
+        _attempt(os.chmod, folder, mode)  # a cell that owns it may have shut it
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                _remove_folder(path)
+            else:
+                _attempt(os.unlink, path)
+            if os.path.lexists(path):
+                left.append(path)
+    return left
+
+
+def _remove_folder(path: str) -> None:
+    """Remove a folder, also of one that a cell has made unreadable."""
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        for folder, _, _ in os.walk(path):
+            _attempt(os.chmod, folder, 0o700)
+            for entry in os.scandir(folder):
+                if entry.is_dir(follow_symlinks=False):
+                    _attempt(os.chmod, entry.path, 0o700)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _attempt(step: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        step(*arguments)
+    except OSError:
+        pass  # whoever asked looks at what has come of it
 
 
 def _enlarge_pipe(fd: int) -> None:
@@ -862,7 +1034,15 @@ class LLMError(RuntimeError):
         self.kind = kind
 
 
-LLMError.__module__ = "__main__"  # where a cell finds it
+class ToolError(RuntimeError):
+    """A tool of the host's that failed. ``kind`` names the exception; the text holds what it said."""
+
+    def __init__(self, message: str, kind: str = "ToolError") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+LLMError.__module__ = ToolError.__module__ = "__main__"  # where a cell finds them
 
 
 class _Waiter:
@@ -945,9 +1125,9 @@ class Calls:
 
         self._uninterrupted(step)
 
-    def pending(self) -> bool:
-        """Whether something to read has arrived."""
-        return bool(self._commands or self._peek.poll(0))
+    def pending(self, seconds: float = 0.0) -> bool:
+        """Whether something to read has arrived, or does within this time."""
+        return bool(self._commands or self._peek.poll(1000 * seconds))
 
     def command(self) -> tuple[dict[str, Any], list[bytes], int]:
         """Between cells: the supervisor's next command, and a descriptor or -1."""
@@ -1073,23 +1253,41 @@ class Namespace:
         self.names["answer"] = {"content": "", "ready": False}
         self.reserved: dict[str, Any] = {name: _plain_function(getattr(self, name)) for name in FUNCTIONS}
         self.reserved["LLMError"] = LLMError
+        self.reserved["ToolError"] = ToolError
         self.restore()
 
     def restore(self) -> None:
         """Put back reserved names that a cell has rebound or deleted."""
         self.names.update(self.reserved)
 
-    def llm_query(self, prompt: str, model: str | None = None) -> str:
-        """Ask a model one question. Raises LLMError when the call fails."""
-        return self._one("llm_query", prompt, model, None)
+    def take(self, message: dict[str, Any], data: Any) -> None:
+        """Put what the host gives under its names, or under each of them a tool."""
+        if message["format"] == "tools":
+            values = {name: self.tool(name, text) for name, text in json.loads(data).items()}
+        else:
+            values = dict.fromkeys(message["names"], _decode_context(data, message["format"]))
+        (self.names if message.get("free") else self.reserved).update(values)
+        self.restore()
 
-    def llm_query_batched(self, prompts: Sequence[str], model: str | None = None) -> list[Any]:
+    def llm_query(self, prompt: str, model: str | None = None, *, schema: Any = None) -> Any:
+        """Ask a model one question. Raises LLMError when the call fails.
+
+        With ``schema``, a JSON schema or the name of a type that the host offers, the reply is data of
+        that form in place of text.
+        """
+        return self._one("llm_query", prompt, model, None, schema)
+
+    def llm_query_batched(
+        self, prompts: Sequence[str], model: str | None = None, *, schema: Any = None
+    ) -> list[Any]:
         """Ask many questions at once; replies in order, a failed one as an LLMError in its place."""
-        return self._many("llm_query", prompts, model, None)
+        return self._many("llm_query", prompts, model, None, schema)
 
-    def rlm_query(self, prompt: str, model: str | None = None, *, context: str | None = None) -> str:
+    def rlm_query(
+        self, prompt: str, model: str | None = None, *, context: str | None = None, schema: Any = None
+    ) -> Any:
         """Have a child run, with a sandbox of its own, work on ``prompt`` (over ``context``, if given)."""
-        return self._one("rlm_query", prompt, model, context)
+        return self._one("rlm_query", prompt, model, context, schema)
 
     def rlm_query_batched(
         self,
@@ -1097,9 +1295,10 @@ class Namespace:
         model: str | None = None,
         *,
         contexts: Sequence[str] | None = None,
+        schema: Any = None,
     ) -> list[Any]:
         """Many child runs at once; answers in order, a failed one as an LLMError in its place."""
-        return self._many("rlm_query", prompts, model, contexts)
+        return self._many("rlm_query", prompts, model, contexts, schema)
 
     def FINAL(self, value: Any) -> Any:
         """Submit ``value`` as the final answer. The rest of the cell still runs."""
@@ -1120,16 +1319,45 @@ class Namespace:
         )
 
     def budget(self) -> dict[str, Any]:
-        """What this run may still use: calls, iterations, seconds; None is unlimited."""
+        """What this run may still use: iterations, calls, tokens, dollars, seconds; None is unlimited."""
         reply, blobs = self._calls.call({"fn": "budget"}, [])
         _raise_failure(reply)
         return dict(json.loads(blobs[0]))
 
-    def _one(self, function: str, prompt: str, model: str | None, context: str | None) -> str:
-        header, blobs = _request(function, [prompt], model, None if context is None else [context])
+    def tool(self, name: str, documentation: str) -> Callable[..., Any]:
+        """A function that has the host's tool of this name do the work."""
+
+        def function(*args, **kwargs):  # type: ignore[no-untyped-def] # its help shows what is written here
+            return self._use_tool(name, args, kwargs)
+
+        function.__name__ = function.__qualname__ = name
+        function.__module__ = "__main__"
+        function.__doc__ = documentation
+        return function
+
+    def _use_tool(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        try:
+            arguments = json.dumps([args, kwargs]).encode("ascii")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(
+                f"{name}() takes plain data (text, numbers, lists, dicts), for it runs outside of the "
+                f"sandbox: {error}"
+            ) from None
+        if len(arguments) > wire.BLOB_LIMIT:
+            raise ValueError(f"{name}() takes {wire.BLOB_LIMIT >> 20} MiB of arguments: pass less")
+        reply, blobs = self._calls.call({"fn": "tool", "tool": name}, [arguments])
+        _raise_failure(reply, ToolError)
+        try:
+            return _decode_context(blobs[0], reply["form"])
+        except Exception as error:  # whatever unpickling raises: a type that is not there, mostly
+            raise ToolError(f"what {name}() returned cannot be had here: {error}") from None
+
+    def _one(self, function: str, prompt: str, model: str | None, context: str | None, schema: Any) -> Any:
+        contexts = None if context is None else [context]
+        header, blobs = _request(function, [prompt], model, contexts, schema)
         reply, texts = self._calls.call(header, blobs)
         _raise_failure(reply)
-        return texts[0].decode("utf-8")
+        return _reply_of(texts[0], schema)
 
     def _many(
         self,
@@ -1137,6 +1365,7 @@ class Namespace:
         prompts: Sequence[str],
         model: str | None,
         contexts: Sequence[str] | None,
+        schema: Any,
     ) -> list[Any]:
         if isinstance(prompts, (str, bytes)):
             raise TypeError(f"{function}_batched takes a list of prompts, not one {type(prompts).__name__}")
@@ -1145,11 +1374,11 @@ class Namespace:
             raise ValueError(f"{len(prompts)} prompts but {len(contexts)} contexts")
         if not prompts:
             return []
-        header, blobs = _request(function, prompts, model, contexts)
+        header, blobs = _request(function, prompts, model, contexts, schema)
         reply, texts = self._calls.call({**header, "batch": True}, blobs)
         _raise_failure(reply)
         failures = {index: LLMError(text, kind) for index, kind, text in reply.get("failures", ())}
-        return [failures.get(i) or text.decode("utf-8") for i, text in enumerate(texts)]
+        return [failures.get(i) or _reply_of(text, schema) for i, text in enumerate(texts)]
 
     def answer(self) -> tuple[bool, Any]:
         """Whether a final answer stands in the namespace, and what it is."""
@@ -1219,7 +1448,7 @@ _SIGNATURES = {name: _signature_in_a_cell(getattr(Namespace, name)) for name in 
 
 
 def _request(
-    function: str, prompts: Sequence[str], model: str | None, contexts: Sequence[str] | None
+    function: str, prompts: Sequence[str], model: str | None, contexts: Sequence[str] | None, schema: Any
 ) -> tuple[dict[str, Any], list[bytes]]:
     if model is not None and not isinstance(model, str):
         raise TypeError(f"model must be the name of a model, not {type(model).__name__}")
@@ -1229,6 +1458,9 @@ def _request(
     if contexts is not None:
         header["contexts"] = True
     blobs = [_prompt(text) for text in (*prompts, *(contexts or ()))]
+    if schema is not None:
+        header["schema"] = True
+        blobs.append(_schema(schema))
     if sum(map(len, blobs)) > wire.BLOB_LIMIT:
         raise ValueError(f"one call takes {wire.BLOB_LIMIT >> 20} MiB of text: ask about smaller parts")
     return header, blobs
@@ -1246,10 +1478,29 @@ def _prompt(text: Any) -> bytes:
         ) from None
 
 
-def _raise_failure(reply: dict[str, Any]) -> None:
+def _schema(schema: Any) -> bytes:
+    """What a reply is to be, as JSON: a JSON schema, or the name of a type of the host's."""
+    if hasattr(schema, "model_json_schema"):  # a pydantic model of the cell's own
+        schema = schema.model_json_schema()
+    if not isinstance(schema, (str, dict)):
+        raise TypeError(
+            f"schema must be a JSON schema (a dict) or the name of a type, not {type(schema).__name__}"
+        )
+    try:
+        return json.dumps(schema, allow_nan=False).encode("ascii")
+    except RecursionError:
+        raise ValueError("schema is nested too deeply") from None
+
+
+def _reply_of(text: bytes, schema: Any) -> Any:
+    """A reply as text, or as the data that was asked for."""
+    return text.decode("utf-8") if schema is None else json.loads(text)
+
+
+def _raise_failure(reply: dict[str, Any], error: Any = LLMError) -> None:
     if reply.get("error"):
         kind, text = reply["error"]
-        raise LLMError(text, kind)
+        raise error(text, kind)
 
 
 # --- the executor: running cells ---------------------------------------------------------------------
@@ -1277,6 +1528,12 @@ class Executor:
         self._namespace = Namespace(self._calls)
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._in_cell = False
+        self._last = 0
+        self._has_run = False
+        """Whether there is anything to lose: what has only been loaded the host can load again."""
+        self._is_stale = False
+        """Whether the standby lacks what has been loaded since, or the last cell."""
+        self._keep: Any = None
         self._loop: Any = None
         self._pid = os.getpid()
 
@@ -1284,17 +1541,28 @@ class Executor:
         """Serve the supervisor's commands until the session ends."""
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._calls.send({"t": "ready", "enforced": enforced, "missing": missing})
-        self._fork_standby()
+        is_settled = True
         while True:
+            if not (is_settled or self._calls.pending(SETTLING)):
+                self._fork_standby()
+                is_settled = True
             message, blobs, descriptor = self._calls.command()
             if message["t"] == "execute":
-                self._execute(message["id"], blobs[0].decode("utf-8", "surrogatepass"))
+                if self._is_stale and self._fork_standby():
+                    continue  # this is the copy, which took over because of this very cell
+                self._slot.cell = message["id"]
+                is_settled = self._execute(message, blobs)
+                if not is_settled:
+                    self._fork_standby()
+                    is_settled = True
             elif message["t"] == "load":
                 self._load(message, blobs, descriptor)
+                self._is_stale = self._has_run
+                is_settled = not self._has_run
             elif message["t"] == "room":
                 while _reap(-1):
                     pass
-            self._fork_standby(ask_for_room=message["t"] != "room")
+                self._fork_standby(ask_for_room=False)
 
     def _on_interrupt(self, *_: object) -> None:
         if self._in_cell:
@@ -1302,20 +1570,21 @@ class Executor:
 
     # -- the standby
 
-    def _fork_standby(self, ask_for_room: bool = True) -> None:
-        """Leave a sleeping copy of this process; it replaces the one before."""
+    def _fork_standby(self, ask_for_room: bool = True) -> bool:
+        """Leave a sleeping copy of this process; it replaces the one before. True in the copy, once woken."""
+        self._is_stale = False
         if not (self._rollback and _has_room()):
-            return  # a copy of a process without memory could not even wake up: the older one stays
+            return False  # a copy of a process without memory could not even wake up: the older one stays
         try:
             pid = _fork(self._standby_socket.fileno())
         except OSError:  # at the process limit; the older copy stays until there is room
             if ask_for_room:
                 self._calls.send({"t": "crowded"})
-            return
+            return False
         if pid == 0:
             self._take_over()
-            return
-        self._slot.pid = pid
+            return True
+        self._slot.pid, self._slot.kept = pid, self._last
         if self._standby:
             _signal(self._standby, signal.SIGKILL)
             self._dying.append(self._standby)
@@ -1324,6 +1593,7 @@ class Executor:
         self._dying = [old for old in self._dying[:-1] if not _reap(old)] + self._dying[-1:]
         if not self._calls.pending():
             self._warm_up()
+        return False
 
     def _warm_up(self) -> None:
         """Touch what the next cell will touch: after a fork, the first write to each page copies it."""
@@ -1365,11 +1635,8 @@ class Executor:
         reply: dict[str, Any] = {"t": "loaded", "id": message["id"]}
         try:
             data = _read_descriptor(descriptor) if descriptor >= 0 else blobs[0]
-            value = _decode_context(data, message["format"])
+            self._namespace.take(message, data)
             del data
-            for name in message["names"]:
-                self._namespace.reserved[name] = value
-            self._namespace.restore()
         except Exception as error:  # whatever unpickling raises is the host's to report
             no_room = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
             text = NO_ROOM if no_room else str(error)
@@ -1378,38 +1645,77 @@ class Executor:
 
     # -- cells
 
-    def _execute(self, number: int, source: str) -> None:
-        header, parts = self._cell(number, source)
+    def _execute(self, message: dict[str, Any], blobs: list[bytes]) -> bool:
+        """Run a cell. Whether it has submitted an answer, so that there will hardly be another."""
+        self._has_run, self._last = True, message["id"]
+        if message.get("keep"):
+            header, parts = self._save_or_load(message["id"], message["keep"], blobs)
+        else:
+            header, parts = self._cell(message["id"], blobs[0].decode("utf-8", "surrogatepass"))
         header["parts"] = list(parts)
         self._calls.send(header, list(parts.values()))
+        self._is_stale = True
+        return "final" in parts
 
     def _cell(self, number: int, source: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Run one cell and put its result together."""
         filename = f"<cell {number}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+
+        def work(parts: dict[str, bytes]) -> None:
+            value = self._evaluate(source, filename)
+            if value is not None:
+                self._namespace.names["_"] = value
+                parts["echo"] = _text(_clip(repr(value), ECHO_LIMIT))
+                _add_plain("value", value, parts)
+
+        header, parts = self._result(number, work)
+        self._add_answer(header, parts)
+        return header, parts
+
+    def _save_or_load(
+        self, number: int, step: str, blobs: list[bytes]
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Save all variables, or put saved ones back: with the objects' own code, so run like a cell.
+
+        What it takes comes with the command (`rlm.keep` and what that needs), for few sessions do it.
+        """
+
+        def work(parts: dict[str, bytes]) -> None:
+            if self._keep is None:
+                keep = types.ModuleType("rlm.keep")
+                exec(compile(blobs[0], "rlm/keep.py", "exec"), keep.__dict__)
+                self._keep = keep.Keeper(self._namespace.names, self._namespace.reserved, blobs[1])
+            if step == "save":
+                parts["snapshot"], report = self._keep.save(SNAPSHOT_LIMIT)
+            else:
+                report = self._keep.load(blobs[2])
+            _add_plain("value", report, parts)
+
+        return self._result(number, work)
+
+    def _result(
+        self, number: int, work: Callable[[dict[str, bytes]], None]
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """What came of a cell's work, whatever that did."""
         header: dict[str, Any] = {"t": "result", "id": number}
         parts: dict[str, bytes] = {}
-        error = self._run(source, filename, parts)
+        error = self._run(work, parts)
         if os.getpid() != self._pid:
             os._exit(0)  # a process that the cell forked has come to the cell's end
         if error is not None:
             header["error"] = error
         self._close_output()
         self._namespace.restore()
-        self._add_answer(header, parts)
         return header, parts
 
-    def _run(self, source: str, filename: str, parts: dict[str, bytes]) -> list[str] | None:
+    def _run(self, work: Callable[[dict[str, bytes]], None], parts: dict[str, bytes]) -> list[str] | None:
         """Run one cell. What it raised comes back as [type, message], the traceback in ``parts``."""
         _set_handler(_SIGINT, self._on_interrupt)
         try:
             try:
                 self._in_cell = True
-                value = self._evaluate(source, filename)
-                if value is not None:
-                    self._namespace.names["_"] = value
-                    parts["echo"] = _text(_clip(repr(value), ECHO_LIMIT))
-                    _add_plain("value", value, parts)
+                work(parts)
             finally:
                 self._in_cell = False
         except BaseException as error:  # a cell may raise anything; its session goes on

@@ -23,9 +23,11 @@ import pytest
 from rlm import protocol
 from rlm.environment import BaseEnv, CellError, Host, Isolation, REPLResult
 from rlm.errors import SandboxError
+from rlm.snapshot import Snapshot
 from rlm.testing import Suite, requires
 from rlm.testing.sessions import Cells
 from rlm.testing.suite import one_session
+from rlm.tools import NO_TOOLS
 from rlm_local import LocalREPL
 
 LITTER: list[Callable[[], object]] = []
@@ -336,6 +338,105 @@ class ConfusedByAStranger(LocalREPL):
             return found
 
         host.handler._find_session = find  # type: ignore[method-assign]
+
+
+class BeginsAnewInWords(LocalREPL):
+    """Forgets what it was given, and nothing of what cells have done."""
+
+    async def reset(self) -> None:
+        self._given.clear()
+        self._counts = dict.fromkeys(self._counts, 0)
+
+
+class BeginsAnewButForFiles(Meddling):
+    """Leaves a file to the next run."""
+
+    async def reset(self) -> None:
+        await super().reset()
+        await self.quietly("open('mine', 'w').close()")
+
+
+class BeginsAnewButForWhatRuns(Meddling):
+    """Deletes variables where it should begin anew."""
+
+    async def reset(self) -> None:
+        await self.quietly("for _name in list(SHOW_VARS()): globals().pop(_name)")
+
+
+class BeginsAnewWithoutTools(LocalREPL):
+    """Gives the first run of a sandbox its tools, and no other."""
+
+    async def assign(self, host: Host) -> None:
+        await super().assign(dataclasses.replace(host, tools=NO_TOOLS))
+
+
+class CountsContextsFromOne(LocalREPL):
+    """Has another idea of where to begin."""
+
+    async def add_context(self, value: Any, context_index: int | None = None) -> int:
+        return await super().add_context(value, (context_index or 0) + 1)
+
+
+class ForgetsIndices(LocalREPL):
+    """Gives every context the next number, whichever it was to have."""
+
+    async def add_context(self, value: Any, context_index: int | None = None) -> int:
+        return await super().add_context(value)
+
+
+class KeepsTheMessagesThemselves(LocalREPL):
+    """Refers to a history where it should copy it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[Any] = []
+
+    async def add_history(self, message_history: Any, history_index: int | None = None) -> int:
+        self.messages.append(message_history)
+        return await super().add_history(message_history, history_index)
+
+    async def execute(self, code: str, *, timeout: float | None = None) -> REPLResult:
+        for index, messages in enumerate(self.messages):
+            await super().add_history(messages, index)
+        return await super().execute(code, timeout=timeout)
+
+
+class RemembersItsFirstHost(LocalREPL):
+    """Has all calls answered by whoever was there at the start."""
+
+    async def start(self, host: Host) -> None:
+        await super().start(dataclasses.replace(host))
+
+
+class RestoresNothing(LocalREPL):
+    """Says that the variables are there again."""
+
+    async def restore(self, saved: Snapshot) -> None:
+        pass
+
+
+class RestoresWhatItCan(LocalREPL):
+    """Keeps to itself that variables could not be restored."""
+
+    async def restore(self, saved: Snapshot) -> None:
+        with contextlib.suppress(SandboxError):
+            await super().restore(saved)
+
+
+class SavesInSilence(LocalREPL):
+    """Drops what cannot be saved, and does not say so."""
+
+    async def snapshot(self) -> Snapshot:
+        return dataclasses.replace(await super().snapshot(), lost=())
+
+
+class MovesVariablesOut(Meddling):
+    """Saves variables at the cost of those that are there."""
+
+    async def snapshot(self) -> Snapshot:
+        saved = await super().snapshot()
+        await self.quietly("for _name in list(SHOW_VARS()): globals().pop(_name)")
+        return saved
 
 
 class InProcess(BaseEnv):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from aimock_support import aimock, aimock_process  # noqa: F401 - fixtures
 from llama_support import llama  # noqa: F401 - a fixture
+from rlms_support import providers  # noqa: F401 - a fixture
 
 from rlm import open_repl
 from rlm.testing.sessions import HANG, Cells, unavailable

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from rlm import RLM, adapter
+from rlm import RLM, threads
 from rlm.adapter import SyncLM
 from rlm.client import Message, Reply, Request, Usage
 from rlm.config import Config
 from rlm.errors import ConfigError, ModelError, RateLimited
 from rlm.events import EventBus
 from rlm.handler import Caller, LMHandler
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 from rlm.testing import ClientSuite
 from rlm.testing.clients import Connect
 
@@ -228,7 +229,7 @@ async def test_a_call_waits_for_no_thread_unless_told_to() -> None:
 
 
 async def test_a_thread_is_used_again_and_ends_when_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "IDLE", 0.2)
+    monkeypatch.setattr(threads, "IDLE", 0.2)
     used: list[threading.Thread] = []
 
     def note(request: Request) -> str:
@@ -251,7 +252,7 @@ async def test_a_thread_is_used_again_and_ends_when_it_is_idle(monkeypatch: pyte
 async def test_a_closed_client_takes_no_call() -> None:
     client = SyncLM(last)
     await client.aclose()
-    with pytest.raises(RuntimeError, match="the client is closed"):
+    with pytest.raises(RuntimeError, match="threads are closed"):
         await client.complete(HELLO)
 
 

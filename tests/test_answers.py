@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from rlm import RLM
+from rlm import RLM, schemas
 from rlm.answers import AnswerCheck
 from rlm.errors import ConfigError, MaxIterationsExceeded, RLMError
 from rlm.events import AnswerRejected, ModelRequested
@@ -80,9 +80,30 @@ def test_a_best_answer_that_fits_is_parsed() -> None:
     assert (result.parsed, result.is_best_effort) == (Person(name="Ada", age=36), True)
 
 
+def test_a_json_schema_will_do_for_a_model() -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    result = asked(
+        cell("FINAL({'age': 'old'})"), cell("FINAL({'age': 36})"), response_model=schema,
+    )  # fmt: skip
+    assert result.parsed == {"age": 36}
+    (rejected,) = [event for event in result.trace if isinstance(event, AnswerRejected)]
+    assert rejected.reason == "age: 'old' is not of type 'integer'"
+    first = next(event for event in result.trace if isinstance(event, ModelRequested))
+    assert '"required": ["age"]' in first.messages[-1].content
+
+
+async def test_a_schema_that_is_made_already_is_taken_as_it_is() -> None:
+    check = AnswerCheck(schema=schemas.of_json({"type": "integer"}))
+    assert check.wanted().endswith('{"type": "integer"}')
+    assert await check.check("5", None) == (5, None)
+    assert await check.check("x", None) == (None, "the answer: 'x' is not of type 'integer'")
+
+
 def test_what_is_no_type_is_refused() -> None:
     with pytest.raises(ConfigError, match="no type that pydantic"):
         asked("FINAL(1)", response_model=object())
+    with pytest.raises(ConfigError, match="JSON schema is not valid: type"):
+        asked("FINAL(1)", response_model={"type": "strnig"})
 
 
 def test_a_validator_sends_an_answer_back_with_its_words() -> None:

@@ -29,7 +29,8 @@ from rlm.errors import BadRequest, ConfigError, MaxCallsExceeded, ModelError, RL
 from rlm.events import EventBus, ModelFailed, ModelReplied, ModelRequested
 from rlm.gate import Gate, Policy
 from rlm.handler import Caller, LMHandler
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 from rlm.recording import Recorded, Recorder
 from rlm.secrets import Secret
 from rlm_replay import ReplayLM

@@ -1,16 +1,23 @@
 """Facts about settings: what is understood, what is refused, and what the refusal says."""
 
+# ruff: noqa: E501 (a table of settings reads best with one to a line)
+
 import dataclasses
+import datetime
+import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from rlm import RLM
+from rlm.client import Price
 from rlm.config import Config
 from rlm.errors import ConfigError, RLMError
-from rlm.ledger import Limits
+from rlm.limits import Limits
+from rlm.pace import RateLimit
 from rlm_scripted import ScriptedLM
 
 FIELDS = sorted(Config.model_fields)
@@ -59,14 +66,16 @@ def test_every_setting_has_a_default() -> None:
 
 def test_every_limit_is_a_setting_with_the_same_default() -> None:
     assert Config.create().limits() == Limits()
-    assert {field.name for field in dataclasses.fields(Limits)} <= set(FIELDS)
+    assert set(Limits.model_fields) <= set(FIELDS)
 
 
 def test_limits_are_what_the_settings_say() -> None:
     config = Config.create(
         max_iterations=5, max_depth=2, max_timeout=60, cell_timeout=None, max_calls=7, max_errors=3
     )
-    assert config.limits() == Limits(5, 2, 60.0, None, 7, 3)
+    assert config.limits() == Limits(
+        max_iterations=5, max_depth=2, max_timeout=60.0, cell_timeout=None, max_calls=7, max_errors=3
+    )
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -141,7 +150,7 @@ def test_a_config_error_is_both_ours_and_a_value_error() -> None:
         ("max_concurrent_subcalls", 0),
         ("backend_kwargs", "model=x"),
         ("backend_kwargs", [1]),
-        ("environment_kwargs", None),
+        ("environment_kwargs", "x"),
         ("custom_system_prompt", 5),
         ("custom_system_prompt", b"bytes"),
         ("trace", 5),
@@ -300,3 +309,138 @@ def test_an_rlm_from_a_file_may_be_given_objects(tmp_path: Path) -> None:
     client = ScriptedLM()
     rlm = RLM.from_config(file(tmp_path, FILES["toml"], "toml"), backend=client, backend_kwargs={})
     assert rlm.config.backend is client
+
+
+# --- limits together ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [Limits(max_calls=4, max_depth=2), {"max_calls": 4, "max_depth": 2}])
+def test_limits_may_be_given_together(limits: Any) -> None:
+    config = Config.create(limits=limits)
+    assert config.limits() == Limits(max_calls=4, max_depth=2)
+    assert config.model_fields_set == {"max_calls", "max_depth"}
+
+
+def test_a_keyword_wins_over_the_limits() -> None:
+    assert Config.create(limits=Limits(max_calls=4), max_calls=5).max_calls == 5
+    assert Config.create(limits={"max_depth": 3}, max_depth=0).max_depth == 0
+
+
+@pytest.mark.parametrize("limits", [5, "max_calls=4", [("max_calls", 4)]])
+def test_limits_are_limits_or_a_table(limits: Any) -> None:
+    assert "give rlm.Limits(...), or a table of them" in refusal(limits=limits)
+
+
+def test_a_setting_that_is_no_limit_is_none_of_the_limits() -> None:
+    assert "there is no setting 'backend'" in refusal(limits={"backend": "openai"})
+    assert "did you mean 'max_calls'" in refusal(limits={"max_call": 4})
+    assert "max_calls=0" in refusal(limits={"max_calls": 0})
+
+
+# --- what a file may hold ----------------------------------------------------------------------
+
+KEY = "sk-0123456789"
+
+
+@dataclasses.dataclass
+class Client:
+    """Would be taken for data by whoever looks at its fields alone."""
+
+    api_key: str = KEY
+
+
+class Model(BaseModel):
+    n: int = 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"backend": "scripted", "max_iterations": 3, "max_timeout": 5.0, "verbose": True, "max_calls": None},
+        {"backend_kwargs": {"model": "m", "nested": {"a": [1, {"b": None}]}, "text": "é\n"}},
+        {"other_backends": ["a", "b"], "other_backend_kwargs": [{"model": "x"}, {}]},
+        {"custom_tools": {"table": {1: "one", "two": b"2"}, "n": -(2**63)}},
+        {"schemas": {"n": {"type": "integer"}}},
+        {"sampling_args": {"temperature": 0.5, "max_tokens": 7, "stop": ["a"]}, "sub_sampling_args": None},
+        {"model_aliases": {"fast": "m"}, "max_timeout": math.inf},
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+def test_plain_settings_come_back_as_they_were(settings: dict[str, Any]) -> None:
+    config = Config.create(**settings)
+    kept, missing = config.savable()
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(kept))
+    assert missing == []
+    assert Config.create(**read) == config
+    assert set(kept) == set(settings)
+
+
+def test_prices_limits_and_paths_come_back_as_they_were() -> None:
+    config = Config.create(
+        prices={"m": Price(1.0, 2.0)}, rate_limits={"*": RateLimit(requests_per_minute=3)},
+        trace=Path("run.jsonl"), cache="/tmp/cache.db",
+    )  # fmt: skip
+    kept, missing = config.savable()
+    assert missing == []
+    read = Config.create(**msgspec.msgpack.decode(msgspec.msgpack.encode(kept)))
+    assert (read.prices, read.rate_limits, read.cache) == (config.prices, config.rate_limits, config.cache)
+    assert read.trace == Path.cwd() / "run.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        ({"backend_kwargs": {"api_key": KEY, "model": "m"}}, ["backend_kwargs.api_key"]),
+        ({"backend_kwargs": {"api_key": SecretStr(KEY)}}, ["backend_kwargs.api_key"]),
+        ({"backend_kwargs": {"base_url": f"https://me:{KEY}@host/v1"}}, ["backend_kwargs.base_url"]),
+        ({"backend_kwargs": {"headers": {"Authorization": f"Bearer {KEY}"}}}, ["backend_kwargs.headers.Authorization"]),
+        ({"sub_backend": "b", "sub_backend_kwargs": {"token": KEY}}, ["sub_backend_kwargs.token"]),
+        ({"other_backends": ["b"], "other_backend_kwargs": [{"api_key": KEY}]}, ["other_backend_kwargs.0.api_key"]),
+        ({"sampling_args": {"extra_headers": {"X-Api-Key": KEY}}}, ["sampling_args.extra_headers.X-Api-Key"]),
+        ({"sub_sampling_args": {"api_key": KEY.encode()}}, ["sub_sampling_args.api_key"]),
+        ({"environment_kwargs": {"env": {"HF_TOKEN": KEY, "A": "1"}}}, ["environment_kwargs.env.HF_TOKEN"]),
+        ({"environment_kwargs": {"env": ["A=1", f"HF_TOKEN={KEY}"]}}, ["environment_kwargs.env"]),
+        ({"environment_kwargs": {"credentials": {"user": KEY}}}, ["environment_kwargs.credentials"]),
+        ({"environment_kwargs": {"mounts": [{"password": KEY, "path": "/x"}]}}, ["environment_kwargs.mounts.0.password"]),
+        ({"backend": Client()}, ["backend"]),
+        ({"environment": Client()}, ["environment"]),
+        ({"other_backends": [Client()]}, ["other_backends"]),
+        ({"backend_kwargs": {"client": Client(), "api_key": KEY}}, ["backend_kwargs"]),
+    ],
+    ids=lambda value: ",".join(value),
+)  # fmt: skip
+def test_no_key_is_in_a_file_and_its_place_is_named(settings: dict[str, Any], places: list[str]) -> None:
+    kept, missing = Config.create(**settings).savable()
+    assert missing == places
+    assert KEY.encode() not in msgspec.msgpack.encode(kept)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"custom_tools": {"f": len}},
+        {"custom_tools": {"when": datetime.date(2026, 1, 2)}},
+        {"custom_tools": {"pair": (1, 2)}},
+        {"custom_tools": {"some": {1, 2}}},
+        {"custom_tools": {"large": 2**64}},
+        {"custom_tools": {"odd": "\ud800"}},
+        {"schemas": {"n": int}},
+        {"schemas": {"n": Model}},
+        {"final_answer_validator": print},
+        {"backend": ScriptedLM()},
+        {"backend_kwargs": {"stop": (1,)}},
+    ],
+    ids=repr,
+)
+def test_what_a_file_would_make_something_else_of_is_to_be_given_again(settings: dict[str, Any]) -> None:
+    kept, missing = Config.create(**settings).savable()
+    assert (kept, missing) == ({}, list(settings))
+
+
+def test_data_of_any_depth_is_no_trouble() -> None:
+    deep: Any = []
+    for _ in range(10_000):
+        deep = [deep]
+    kept, missing = Config.create(custom_tools={"deep": deep}, verbose=True).savable()
+    assert (kept, missing) == ({"verbose": True}, ["custom_tools"])

@@ -13,7 +13,7 @@ from docker_support import client, need_engine, second_engine
 
 from rlm import RLM, open_repl
 from rlm.errors import ConfigError, SandboxUnavailable
-from rlm.rlm import REPL
+from rlm.repl import REPL
 from rlm_docker import DockerREPL
 from rlm_docker.engine import BUILT_IMAGE
 from rlm_docker.errors import ContainerRefused, EnginePermission, EngineUnavailable, ImageMissing

@@ -18,7 +18,7 @@ from docker_support import all_gone, client, containers, need_engine, second_eng
 from rlm import RLM, hostloop, open_repl
 from rlm.environment import BaseEnv
 from rlm.errors import SandboxError, SandboxLost
-from rlm.rlm import REPL
+from rlm.repl import REPL
 from rlm.testing.sessions import eventually
 from rlm_docker import DockerREPL, ownership
 from rlm_docker.engine import BUILT_IMAGE

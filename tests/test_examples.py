@@ -24,6 +24,8 @@ PRINTED = [
     "42\n 43 None\n42\n",
     "[10, 65534]\n()\n",
     "['1 characters', '3 characters']\n",
+    "['high', 'platform', '29 characters']\n",
+    "3\n['three', 'assistant']\n",
 ]
 """What each of them says that it prints, the first with a model that says so."""
 
@@ -41,7 +43,12 @@ def assert_sample_runs(number: int, folder: Path) -> None:
     with ModelServer(Behaviour(text="```repl\nFINAL(context[7:17])\n```")) as server:
         done = subprocess.run(
             [sys.executable, str(sample)],
-            env={**os.environ, "OPENAI_API_KEY": "sk-of-the-reader", "OPENAI_BASE_URL": server.url},
+            env={
+                **os.environ,
+                "OPENAI_API_KEY": "sk-of-the-reader",
+                "OPENAI_BASE_URL": server.url,
+                "XDG_STATE_HOME": str(folder),  # where a key for saved sessions is kept
+            },
             capture_output=True,
             text=True,
             timeout=60,

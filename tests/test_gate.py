@@ -39,7 +39,8 @@ from rlm.events import (
 )
 from rlm.gate import FAILURES_TO_OPEN, LONGEST_RETRY_AFTER, Gate, Policy, Pool
 from rlm.handler import Caller, LMHandler
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 from rlm.pace import RateLimit
 
 ROOT = Caller("run-1", None, 0, "root")

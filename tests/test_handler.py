@@ -10,7 +10,8 @@ from rlm.client import BaseLM, Message, Reply, Request, Usage
 from rlm.errors import LimitExceeded, MaxCallsExceeded, ModelError, RLMError, TimeoutExceeded
 from rlm.events import AnyEvent, EventBus, ModelFailed, ModelReplied, ModelRequested
 from rlm.handler import DEFAULT_CONCURRENCY, Caller, LMHandler
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 from rlm_scripted import ScriptedLM
 
 ROOT = Caller("run-1", None, 0, "root")

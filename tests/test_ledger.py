@@ -1,13 +1,13 @@
 """Facts about the accounts of a run tree."""
 
 import asyncio
-import dataclasses
 import json
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from rlm.client import Message, ModelInfo, Price, Request, Usage
 from rlm.errors import (
@@ -17,7 +17,8 @@ from rlm.errors import (
     MaxTokensExceeded,
     TimeoutExceeded,
 )
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 
 relaxed = settings(deadline=None)
 
@@ -155,22 +156,24 @@ def test_the_budget_of_an_unlimited_run_has_no_numbers_but_what_was_used() -> No
     ledger = Ledger(Limits())
     ledger.reserve_call()
     assert ledger.budget(7) == {
-        "iterations": 7, "calls": None, "tokens": None, "dollars": None, "seconds": None, "calls_made": 1,
+        "iterations": 7, "depth": 0, "children": None, "calls": None, "tokens": None, "dollars": None,
+        "seconds": None, "calls_made": 1,
     }  # fmt: skip
 
 
 def test_the_budget_says_what_is_left_and_never_less_than_nothing() -> None:
-    ledger = Ledger(Limits(max_calls=5, max_timeout=1e-9, max_tokens=100, max_budget=2.0))
+    ledger = Ledger(Limits(max_calls=5, max_timeout=1e-9, max_tokens=100, max_budget=2.0, max_children=3))
     ledger.in_flight = 1
     ledger.settle("m", Usage(6, 4, cost=0.5))
-    assert ledger.budget(0) == {
-        "iterations": 0, "calls": 5, "tokens": 90, "dollars": 1.5, "seconds": 0.0, "calls_made": 0,
+    assert ledger.budget(0, 2) == {
+        "iterations": 0, "depth": 2, "children": 3, "calls": 5, "tokens": 90, "dollars": 1.5, "seconds": 0.0,
+        "calls_made": 0,
     }  # fmt: skip
-    assert json.loads(json.dumps(ledger.budget(0))) == ledger.budget(0)
+    assert json.loads(json.dumps(ledger.budget(0, 2))) == ledger.budget(0, 2)
 
 
 def test_limits_cannot_be_changed_while_a_run_goes_by_them() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         Limits().max_calls = 5  # type: ignore[misc]
 
 

@@ -16,7 +16,8 @@ from rlm import session as session_module
 from rlm.errors import ModelError, RLMError, SandboxLost, SandboxUnavailable
 from rlm.events import EventBus
 from rlm.handler import LMHandler
-from rlm.ledger import Ledger, Limits
+from rlm.ledger import Ledger
+from rlm.limits import Limits
 from rlm.session import Answers, Session
 
 PATIENCE = 60
@@ -573,6 +574,36 @@ async def test_a_session_tells_when_its_sandbox_waits(house: House) -> None:
     assert (told, session.in_flight) == ([True, False], 0)
 
 
+async def test_a_call_that_is_cancelled_before_it_begins_is_not_waited_for(house: House) -> None:
+    """Else the cells that come after it would have no deadline."""
+    session, _ = await house.enter()
+    told: list[bool] = []
+    session.on_waiting = told.append
+    session.take(protocol.Call(id=1, fn="llm_query"), [b"never served"])
+    session.cancel_calls()
+    async with asyncio.timeout(PATIENCE):
+        while session.in_flight:
+            await asyncio.sleep(0)
+    assert (told, house.asked) == ([True, False], [])
+
+
+async def test_texts_in_flight_are_bounded_and_whoever_asks_for_more_is_told(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "HELD_LIMIT", 3 << 20)
+    _, peer = await house.enter()
+    text = b"x" * (1 << 20)
+    peer.send(b"".join(call(number, HOLD, text) for number in range(1, 5)))
+    for number in (3, 4):  # with the word beside it the third is too much
+        header, _ = await peer.receive()
+        assert header["id"] == number
+        assert header["error"][1].startswith("the calls in flight hold more than 3 MiB of text together")
+    house.gate.set()
+    assert {(await peer.receive())[0]["id"] for _ in range(2)} == {1, 2}
+    peer.send(call(5, text))  # what is answered makes room
+    assert (await peer.receive())[1] == [text.upper()]
+
+
 Serve = Callable[[protocol.Call, list[str]], Awaitable[Answers]]
 
 
@@ -708,6 +739,35 @@ async def test_a_handler_that_ends_takes_its_sessions_along() -> None:
     assert house.cancelled == ["hold"]
     with pytest.raises(ConnectionError):
         await asyncio.open_connection(*address)
+
+
+async def test_a_session_that_outlives_its_handler_goes_on_with_another() -> None:
+    async with LMHandler(None, Ledger(Limits()), EventBus()) as second:
+        async with LMHandler(None, Ledger(Limits()), EventBus()) as first:
+            house = House(first)
+            session, peer = await house.enter()
+            session.outlives_handler = True
+            peer.send(call(1, HOLD))
+            await house.until_asked(1)
+        second.take_over(session)
+        house.gate.set()
+        assert (await peer.receive())[1] == [b"HOLD"]
+        peer.send(call(2, b"still here"))
+        assert (await peer.receive())[1] == [b"STILL HERE"]
+        assert session.is_connected
+        session.outlives_handler = False
+    await peer.ended()
+    await peer.leave()
+    assert session.lost.result() == "the session was closed"
+
+
+async def test_of_two_handlers_either_may_end_a_session_that_has_moved(house: House) -> None:
+    session, peer = await house.enter()
+    async with LMHandler(None, Ledger(Limits()), EventBus()) as other:
+        other.take_over(session)
+        other.close_session(session)
+        house.handler.close_session(session)
+    await peer.ended()
 
 
 # --- listening ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import socket
 import subprocess
@@ -97,6 +98,36 @@ def test_crashes_in_a_row_are_each_rolled_back(worker: Worker) -> None:
     assert worker.execute(20, "x")[1]["value"] == b"1"
 
 
+def test_a_cell_that_dies_after_an_answer_is_not_run_again_by_the_copy(worker: Worker) -> None:
+    """The copy of what was before it is made when the cell is there already."""
+    worker.execute(1, "x = 1\nFINAL(x)")
+    message, _ = worker.execute(2, "import os\nprint('ran', flush=True)\nos._exit(3)")
+    assert message["crash"] == {"cause": "exit", "code": 3, "state": "restored", "lost": []}
+    message, parts = worker.execute(3, "x")
+    assert (parts, message.get("crash")) == ({"echo": b"1", "value": b"1"}, None)
+
+
+def test_a_cell_that_is_killed_as_it_comes_costs_nothing_that_was_there_before(worker: Worker) -> None:
+    for number in range(1, 20, 2):
+        worker.execute(number, f"x = {number}\nFINAL(x)")
+        frames = wire.encode({"t": "execute", "id": number + 1}, [b"while True: pass"])
+        worker.socket.sendall(frames + wire.encode({"t": "kill", "id": number + 1}))
+        message, _ = worker.receive()
+        assert (message["crash"]["cause"], message["crash"]["state"]) == ("killed", "restored")
+        assert worker.execute(100 + number, "x")[1]["value"] == str(number).encode()
+
+
+def test_a_death_before_there_is_a_copy_of_the_last_cell_says_that_it_is_lost(worker: Worker) -> None:
+    worker.execute(1, "x = 1")
+    worker.execute(2, "import os, threading\nx = 2\nthreading.Timer(0.1, os._exit, [3]).start()\nFINAL(x)")
+    message, _ = worker.receive()
+    assert (message["t"], message["crash"]["lost"]) == ("crash", ["what the last cell did"])
+    worker.execute(3, "x += 10")
+    message, _ = worker.execute(4, "import os; os._exit(1)")
+    assert message["crash"]["lost"] == []
+    assert worker.execute(5, "x")[1]["value"] == b"11"
+
+
 def test_a_host_that_speaks_garbage_ends_the_session(worker: Worker) -> None:
     worker.socket.sendall(b"\xff" * 100)
     assert worker.socket.recv(1) == b""
@@ -144,3 +175,64 @@ def test_an_interpreter_that_is_too_old_says_so() -> None:
 
 def test_what_travels_names_no_path_of_this_machine() -> None:
     assert str(Path(boot.__file__).parent.parent).encode() not in boot.payload({})
+
+
+# --- what is nobody's any more, and what nobody would say ------------------------------------------
+
+
+def test_a_reply_to_whoever_was_there_before_a_reset_is_dropped(tmp_path: Path) -> None:
+    worker = Worker(sys.executable, scratch=str(tmp_path))
+    reply = wire.encode({"t": "reply", "id": 1, "blobs": [4]}, [b"late"])
+    worker.execute(1, "x = 1")
+    worker.socket.sendall(wire.encode({"t": "reset", "id": -1}) + reply * 3)
+    assert worker.receive()[0] == {"t": "loaded", "id": -1}
+    assert worker.execute(1, "'x' in globals()")[1]["value"] == b"false"
+    worker.socket.close()
+    assert worker.process.wait(20) == 0
+
+
+FORGE = """
+import os, stat
+sockets = [fd for fd in map(int, os.listdir('/proc/self/fd')) if os.path.exists(f'/proc/self/fd/{{fd}}')]
+channel = min(fd for fd in sockets if stat.S_ISSOCK(os.fstat(fd).st_mode))
+body = {body!r}
+os.write(channel, len(body).to_bytes(4, 'big') + body + {rest!r})
+import time; time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"t": "call", "id": 1, "fn": "llm_query"}, 0),
+        ({"t": "call", "id": 1, "fn": "llm_query", "blobs": [1, 1]}, 2),
+        ({"t": "call", "id": 1, "fn": "llm_query", "schema": True, "blobs": [1]}, 1),
+        ({"t": "call", "id": 1, "fn": "llm_query", "schema": True, "batch": True}, 0),
+        ({"t": "call", "id": 1, "fn": "rlm_query", "contexts": True, "blobs": [1]}, 1),
+        ({"t": "call", "id": 1, "fn": "rlm_query", "contexts": True, "batch": True, "blobs": [1, 1, 1]}, 3),
+        ({"t": "call", "id": 1, "fn": "tool", "tool": "f"}, 0),
+        ({"t": "call", "id": 1, "fn": "tool", "tool": "f", "batch": True, "blobs": [1, 1]}, 2),
+        ({"t": "call", "id": 1, "fn": "budget", "blobs": [1]}, 1),
+        ({"t": "call", "id": 10**30, "fn": "budget"}, 0),
+        ({"t": "call", "id": 0, "fn": "budget"}, 0),
+        ({"t": "call", "id": -1, "fn": "budget"}, 0),
+        ({"t": "call", "id": 1, "fn": "tool", "tool": None, "blobs": [2]}, 2),
+        ({"t": "result", "id": 2, "parts": ["echo"], "blobs": [200_000]}, 200_000),
+        ({"t": "result", "id": 2, "parts": ["secret"], "blobs": [1]}, 1),
+        ({"t": "loaded", "id": -1}, 0),
+    ],
+    ids=str,
+)
+def test_a_cell_that_says_what_its_executor_would_not_is_rolled_back(
+    header: dict[str, Any], size: int
+) -> None:
+    worker = Worker(sys.executable)
+    worker.execute(1, "x = 1")
+    message, _ = worker.execute(2, FORGE.format(body=json.dumps(header).encode(), rest=b"x" * size))
+    assert (message["crash"]["cause"], message["crash"]["state"]) == (
+        "garbage on the cell's channel",
+        "restored",
+    )
+    assert worker.execute(3, "x")[1]["value"] == b"1"
+    worker.socket.close()
+    assert worker.process.wait(20) == 0

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import math
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +42,11 @@ LOST_IN_NOISE = math.nan
 
 
 class UnmeasurableError(Exception):
-    """The figure cannot be had from this peer; the message says why."""
+    """The figure cannot be had from this peer; the message says why. ``values`` could be had."""
+
+    def __init__(self, why: str, values: Values | None = None) -> None:
+        super().__init__(why)
+        self.values = values or {}
 
 
 def option(default: Any, text: str) -> Any:
@@ -60,6 +66,7 @@ class Options:
     prompts: int = option(10_000, "prompts of `batch` and `fanout`, sleeps of `pool`")
     threads: int = option(64, "threads of `threads`")
     runs: int = option(200, "runs at once of `concurrent`")
+    children: int = option(50, "child runs at once of `recursion` and `children`")
     sandboxes: int = option(50, "sandboxes up at once of `fifty` (Docker)")
     url: str = option("", "the model server of `fanout` and `first`")
     seconds: float = option(20.0, "seconds after which a slow side of `fanout` makes no further call")
@@ -110,13 +117,34 @@ class Calls:
         return peak
 
 
-class StubModel:
-    """A model that answers the root from a script and every sub-call with `REPLY`."""
+class Stub:
+    """Answers after a fixed latency, and keeps the time stamps."""
 
-    def __init__(self, script: Iterable[str], latency: float = 0.0) -> None:
+    def __init__(self, latency: float) -> None:
         self.latency = latency
         self.root = Calls()
         self.sub = Calls()
+
+    # A latency of zero must not pay for a sleep: the gap would then be the scheduler's.
+
+    def _answer(self, calls: Calls, reply: str) -> str:
+        if self.latency:
+            time.sleep(self.latency)
+        calls.left.append(time.perf_counter())
+        return reply
+
+    async def _aanswer(self, calls: Calls, reply: str) -> str:
+        if self.latency:
+            await asyncio.sleep(self.latency)
+        calls.left.append(time.perf_counter())
+        return reply
+
+
+class StubModel(Stub):
+    """A model that answers the root from a script and every sub-call with `REPLY`."""
+
+    def __init__(self, script: Iterable[str], latency: float = 0.0) -> None:
+        super().__init__(latency)
         self._script = iter(script)
 
     def ask_root(self) -> str:
@@ -141,19 +169,48 @@ class StubModel:
             raise UnmeasurableError("the model was asked once more than the script has replies")
         return reply
 
-    # A latency of zero must not pay for a sleep: the gap would then be the scheduler's.
 
-    def _answer(self, calls: Calls, reply: str) -> str:
-        if self.latency:
-            time.sleep(self.latency)
-        calls.left.append(time.perf_counter())
-        return reply
+class TreeModel(Stub):
+    """A model of runs that start child runs. It answers by the turn, so any number may share it."""
 
-    async def _aanswer(self, calls: Calls, reply: str) -> str:
-        if self.latency:
-            await asyncio.sleep(self.latency)
-        calls.left.append(time.perf_counter())
-        return reply
+    def __init__(
+        self,
+        root: Sequence[str],
+        child: Sequence[str],
+        latency: float = 0.0,
+        watch: Callable[[int], None] = lambda turn: None,
+    ) -> None:
+        super().__init__(latency)
+        self._root_script = root
+        self._child_script = child
+        #: Is told the number of each turn of the root. The gaps do not have its time in them.
+        self._watch = watch
+
+    def ask_root(self, turn: int) -> str:
+        return self._answer(self.root, self._root_reply(turn))
+
+    def ask_child(self, turn: int) -> str:
+        return self._answer(self.sub, self._child_reply(turn))
+
+    async def aask_root(self, turn: int) -> str:
+        return await self._aanswer(self.root, self._root_reply(turn))
+
+    async def aask_child(self, turn: int) -> str:
+        return await self._aanswer(self.sub, self._child_reply(turn))
+
+    def _root_reply(self, turn: int) -> str:
+        self.root.entered.append(time.perf_counter())
+        self._watch(turn)
+        return self._root_script[turn]
+
+    def _child_reply(self, turn: int) -> str:
+        self.sub.entered.append(time.perf_counter())
+        return self._child_script[turn]
+
+
+def turn_of(roles: Iterable[str]) -> int:
+    """How many replies a conversation holds: the number of the turn it asks for."""
+    return sum(role == "assistant" for role in roles)
 
 
 # --- what is measured -----------------------------------------------------------------------
@@ -170,6 +227,7 @@ class Peer(ABC):
     #: Names inside a cell.
     context_name = "context"
     batch_name = "llm_query_batched"
+    child_batch_name = "rlm_query_batched"
     #: Probes that make no sense here, each with the reason.
     unable: ClassVar[Mapping[str, str]] = {}
 
@@ -196,6 +254,13 @@ class Peer(ABC):
 
         with ThreadPoolExecutor(len(models)) as pool:
             return list(pool.map(run_one, models))
+
+    def trees(self, model: TreeModel, width: int | None) -> AbstractContextManager[Callable[[str], str]]:
+        """One object that makes run trees of depth 2: a context in, the root's answer out.
+
+        It has `width` children going at a time, or as many as is this framework's default.
+        """
+        raise UnmeasurableError("nobody has written down how it starts child runs")
 
 
 # --- instruments ----------------------------------------------------------------------------
@@ -267,6 +332,32 @@ def tree_of(roots: Iterable[int]) -> set[int]:
     return tree
 
 
+def own_tree() -> set[int]:
+    """This process and all below it."""
+    return tree_of([os.getpid()])
+
+
+def _cpu_s(process: int) -> float:
+    """Processor time of a process, with that of ended ones that it has waited for."""
+    try:
+        threads = Path(f"/proc/{process}/task").glob("*/schedstat")
+        # In nanoseconds. `stat` has the same as ticks of 10 ms, too coarse for many that do little.
+        own = sum(int(thread.read_text().split()[0]) for thread in threads)
+        ended = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[13:15]
+    except OSError:
+        return 0.0  # It has ended.
+    return own / 1e9 + sum(map(int, ended)) / os.sysconf("SC_CLK_TCK")
+
+
+def tree_cpu_s() -> float:
+    """Processor time of this process and all below it, ended ones included. Linux only."""
+    if not Path("/proc/self/schedstat").exists():
+        raise UnmeasurableError("this system does not tell the processor time of a process")
+    waited_for = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own = time.process_time() + waited_for.ru_utime + waited_for.ru_stime
+    return own + sum(map(_cpu_s, own_tree() - {os.getpid()}))
+
+
 def pss_mb(processes: Iterable[int]) -> float:
     """Proportional set size of processes, in MB. Linux only."""
     if not Path("/proc/self/smaps_rollup").exists():
@@ -276,22 +367,36 @@ def pss_mb(processes: Iterable[int]) -> float:
 
 def tree_pss_mb() -> float:
     """Proportional set size of this process and all below it, in MB. Linux only."""
-    return pss_mb(tree_of([os.getpid()]))
+    return pss_mb(own_tree())
+
+
+def below_pss_mb() -> float:
+    """The same without this process."""
+    return pss_mb(own_tree() - {os.getpid()})
+
+
+def own_rss_mb() -> float:
+    """Resident set size of this process, in MB. Linux only."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class PeakMemory:
-    """Samples `tree_pss_mb` on a thread; `mb` is the largest seen."""
+    """Samples `tree_pss_mb` on a thread; `mb` is the largest seen, and `processes` the most."""
 
     INTERVAL_S = 0.02
 
     def __init__(self) -> None:
         self.mb = 0.0
+        self.processes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def _sample(self) -> None:
         while not self._stop.wait(self.INTERVAL_S):
-            self.mb = max(self.mb, tree_pss_mb())
+            tree = own_tree()
+            self.processes = max(self.processes, len(tree))
+            self.mb = max(self.mb, pss_mb(tree))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -314,13 +419,17 @@ class PeakMemory:
 # leaves behind stays. The child reports each step as it ends: a time-out loses only the rest.
 
 
+def restore(home: Path) -> None:
+    """Undo what a peer may have changed for good: the folder, and the standard output."""
+    os.chdir(home)
+    sys.stdout = sys.__stdout__
+
+
 def take_steps(steps: Sequence[Step], options: Options, report: Path) -> None:
     """Measure, and append the outcome of each step to the report."""
     home = Path.cwd()
     for step in steps:
-        # A peer may have changed either for good.
-        os.chdir(home)
-        sys.stdout = sys.__stdout__
+        restore(home)
         outcome = take_step(step, options)
         with report.open("a") as lines:
             lines.write(json.dumps(outcome) + "\n")
@@ -335,9 +444,11 @@ def take_step(step: Step, options: Options) -> dict[str, Any]:
             "values": {name: value for name, value in values.items() if name not in lost},
             "why": dict.fromkeys(lost, "it is smaller than the noise of this machine"),
         }
+    except UnmeasurableError as error:
+        missing = [name for name in step.values if name not in error.values]
+        return {"values": error.values, "why": dict.fromkeys(missing, str(error)[:WHY_LENGTH])}
     except Exception as error:  # The boundary to foreign code: any failure is a reported reason.
-        kind = "" if isinstance(error, UnmeasurableError) else f"{type(error).__name__}: "
-        return {"why": dict.fromkeys(step.values, f"{kind}{error}"[:WHY_LENGTH])}
+        return {"why": dict.fromkeys(step.values, f"{type(error).__name__}: {error}"[:WHY_LENGTH])}
 
 
 def last_line(text: str) -> str:

@@ -7,9 +7,12 @@ peer answers repeated ones from a cache.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from peers.common import (
     REPLY,
@@ -20,11 +23,17 @@ from peers.common import (
     Probe,
     Step,
     StubModel,
+    TreeModel,
     UnmeasurableError,
     Values,
+    below_pss_mb,
     import_times,
     main,
     median_ms,
+    own_rss_mb,
+    own_tree,
+    restore,
+    tree_cpu_s,
     tree_pss_mb,
     version_of,
 )
@@ -40,6 +49,18 @@ CALLS_PER_THREAD = 10
 TURNS = 4
 MEMORY_RUNS = 50  # Enough for a figure per run; the sampling would distort the timed pass.
 PROMPT_MB = 10
+QUESTION = "How many came back?"
+CHILD_TURNS = 3
+#: Two turns of the root, and between them those of all children at the same time.
+IDEAL_S = (2 + CHILD_TURNS) * SUB_LATENCY_S
+SLOW_S = 4.0  # A side that has taken so long is not asked again.
+BATCHES = 10
+MARKED = {2: "100", 6: "300", 10: "500"}  # Batches after which memory is read: so many children.
+HOLD_S = 0.5  # Long enough for all children of a batch to be up while the first still waits.
+REST_S = 1.0  # What is kept ready between two runs has been made ready by then.
+TREE_VALUES = ("seconds", "of_ideal", "first_s", "answered", "cpu_ms")
+DEFAULT_TREE_VALUES = tuple(f"default_{name}" for name in TREE_VALUES)
+LEFT_VALUES = tuple(f"{whose}_mb_{ended}" for ended in MARKED.values() for whose in ("own", "below"))
 
 
 def scripted(peer: Peer, cells: Sequence[str], latency: float = 0.0) -> StubModel:
@@ -244,6 +265,135 @@ def large_prompt(peer: Peer, options: Options) -> Values:
     return {"prompt_ms": median_ms(gaps[1::2]) - median_ms(gaps[0::2])}
 
 
+# --- child runs -----------------------------------------------------------------------------
+
+ASK_CHILDREN = """
+prompts = [{context} + ' {batch} ' + str(i) for i in range({children})]
+out = {ask}(prompts)
+x = {before} + len([i for i in range({children}) if out[i] == prompts[i]])
+""".strip()
+
+
+def ask_children(peer: Peer, children: int, batches: int = 1) -> list[str]:
+    """The turns of a root that starts children, and counts those that answer with their prompt."""
+    names = {"context": peer.context_name, "ask": peer.child_batch_name, "children": children}
+    cells = [
+        ASK_CHILDREN.format(**names, batch=batch, before="x" if batch else "0") for batch in range(batches)
+    ]
+    return [*map(peer.cell, cells), peer.finish("x")]
+
+
+def answer_after_work(peer: Peer) -> list[str]:
+    """The turns of a child: two cells that do nearly nothing, then its answer."""
+    return [peer.cell(f"x = {peer.context_name}"), peer.cell("y = 1\nprint(y)"), peer.finish("x")]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What a run with children took, and how many of them answered rightly."""
+
+    seconds: float
+    cpu_s: float
+    answered: int
+
+
+def take_tree(run: Callable[[str], str], context: str, home: Path) -> Tree:
+    restore(home)
+    cpu, started = tree_cpu_s(), time.perf_counter()
+    answer = run(context)
+    seconds = time.perf_counter() - started
+    return Tree(seconds, tree_cpu_s() - cpu, int(answer))
+
+
+def take_trees(peer: Peer, width: int | None, options: Options) -> list[tuple[Tree, Tree]]:
+    """Pairs of runs of one object: the first may leave it something that the second finds."""
+    home, numbers = Path.cwd(), itertools.count()
+    model = TreeModel(ask_children(peer, options.children), answer_after_work(peer), SUB_LATENCY_S)
+    pairs: list[tuple[Tree, Tree]] = []
+    begun = time.perf_counter()
+    while not pairs or (len(pairs) < options.reps and time.perf_counter() - begun < SLOW_S):
+        with peer.trees(model, width) as run:
+            first = take_tree(run, f"run {next(numbers)}", home)
+            time.sleep(REST_S)
+            second = take_tree(run, f"run {next(numbers)}", home)
+        pairs.append((first, second))
+    return pairs
+
+
+def tree_values(pairs: Sequence[tuple[Tree, Tree]], children: int) -> Values:
+    """Of `TREE_VALUES` those that there are: a run that lost a child has no speed."""
+    values: Values = {"answered": min(tree.answered for pair in pairs for tree in pair)}
+    firsts, seconds = (
+        [tree for tree in trees if tree.answered == children] for trees in zip(*pairs, strict=True)
+    )
+    if firsts:
+        values["first_s"] = median_ms(tree.seconds for tree in firsts) / 1e3
+    if seconds:
+        values["seconds"] = median_ms(tree.seconds for tree in seconds) / 1e3
+        values["of_ideal"] = values["seconds"] / IDEAL_S
+        values["cpu_ms"] = median_ms(tree.cpu_s for tree in seconds) / children
+    return values
+
+
+def recursion(peer: Peer, width: int | None, prefix: str, options: Options) -> Values:
+    warm_up(peer)
+    found = tree_values(take_trees(peer, width, options), options.children)
+    values = {prefix + name: value for name, value in found.items()}
+    if len(found) < len(TREE_VALUES):
+        raise UnmeasurableError("there was no such run in which all children answered rightly", values)
+    return values
+
+
+def recursion_wide(peer: Peer, options: Options) -> Values:
+    """With all children at a time."""
+    return recursion(peer, options.children, "", options)
+
+
+def recursion_default(peer: Peer, options: Options) -> Values:
+    """With as many children at a time as a user gets who sets nothing."""
+    return recursion(peer, None, "default_", options)
+
+
+def children_alive(peer: Peer, options: Options) -> Values:
+    """What the children of one batch need while all of them are up."""
+    warm_up(peer)
+    before: list[tuple[int, float]] = []
+
+    def watch(_turn: int) -> None:
+        before.append((len(own_tree()), tree_pss_mb()))
+
+    turns = ask_children(peer, options.children)
+    model = TreeModel(turns, answer_after_work(peer), HOLD_S, watch)
+    with peer.trees(model, options.children) as run, PeakMemory() as peak:
+        run(TINY)
+    processes, mb = before[0]  # The root is up, and no child.
+    alive = model.sub.peak()
+    return {
+        "peak_processes": peak.processes,
+        "processes_per_child": (peak.processes - processes) / alive,
+        "pss_mb_per_child": (peak.mb - mb) / alive,
+    }
+
+
+def children_ended(peer: Peer, options: Options) -> Values:
+    """What is left of children that have ended, while their root goes on to the next batch."""
+    warm_up(peer)
+    left: Values = {}
+
+    def watch(turn: int) -> None:
+        if turn in MARKED:
+            left[f"own_mb_{MARKED[turn]}"] = own_rss_mb()
+            left[f"below_mb_{MARKED[turn]}"] = below_pss_mb()
+
+    below_pss_mb()  # Who may not look into a sandbox is to hear it from here, not from a run.
+    turns = ask_children(peer, options.children, BATCHES)
+    model = TreeModel(turns, [peer.finish(peer.context_name)], watch=watch)
+    with peer.trees(model, options.children) as run:
+        answered = int(run(TINY))
+    asked = BATCHES * options.children
+    return {"asked": asked, "answered": answered, "per_s": asked / sum(model.root.gaps()), **left}
+
+
 # --- import ---------------------------------------------------------------------------------
 
 
@@ -280,6 +430,14 @@ PROBES: dict[str, tuple[float, dict[Measure, tuple[str, ...]]]] = {
     "concurrent": (
         240,
         {concurrent_memory: ("pss_mb_per_run",), concurrent_runs: ("seconds", "failed_runs")},
+    ),
+    "recursion": (240, {recursion_wide: TREE_VALUES, recursion_default: DEFAULT_TREE_VALUES}),
+    "children": (
+        240,
+        {
+            children_alive: ("peak_processes", "processes_per_child", "pss_mb_per_child"),
+            children_ended: ("asked", "answered", "per_s", *LEFT_VALUES),
+        },
     ),
     "context": (180, {context_load: ("context_ms", "tiny_ms")}),
     "import": (240, {imports: ("import_ms", "ready_ms", "stdlib_ms")}),

@@ -175,8 +175,9 @@ class PortkeyLM(OpenAILM):
     """The Portkey gateway."""
 
     preset = Preset(
-        "Portkey", "https://api.portkey.ai/v1", ("PORTKEY_API_KEY",), key_header="x-portkey-api-key"
-    )
+        "Portkey", "https://api.portkey.ai/v1", ("PORTKEY_API_KEY",), ("PORTKEY_BASE_URL",),
+        key_header="x-portkey-api-key",
+    )  # fmt: skip
 
 
 class GeminiLM(OpenAILM):

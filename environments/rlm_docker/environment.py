@@ -160,6 +160,7 @@ class DockerREPL(WorkerEnv):
             "use_config_proxy": False,
             **further,
         }  # fmt: skip
+        self._worker_options["wipe"] = [*(self._settings["tmpfs"] or ()), "/dev/mqueue"]
 
     # -- launching
 
@@ -176,6 +177,12 @@ class DockerREPL(WorkerEnv):
         container, self._container = self._container, None
         if container is not None:
             container.release()
+
+    async def reset(self) -> None:
+        """See `SupportsReset`. Of a root that can be written to nobody knows what has been."""
+        if not self._settings["read_only"]:
+            raise SandboxError("a container whose root is not read-only cannot begin anew")
+        await super().reset()
 
     def describe_isolation(self, hello: protocol.Hello) -> Isolation:
         assert self._container is not None

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rlm.environment import BaseEnv
 from rlm.testing import EnvironmentSuite
 
 from . import ownership
 from .engine import connected
+from .environment import DockerREPL
 
 
 class DockerSuite(EnvironmentSuite):
@@ -35,6 +37,13 @@ class DockerSuite(EnvironmentSuite):
         "shared memory": Path("/dev/shm"),
         "var": Path("/var/tmp"),
     }
+
+    def kill(self, env: BaseEnv) -> None:
+        """As ``docker kill`` does."""
+        assert isinstance(env, DockerREPL)
+        assert env._container is not None
+        with connected("kill a container") as client:
+            client.containers.get(env._container.id).kill()
 
     def leftovers(self, host: int) -> set[str]:
         owner = {"label": f"{ownership.PID}={host}"}

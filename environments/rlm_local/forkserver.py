@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -73,6 +74,11 @@ def package_folders() -> list[str]:
 
 def python_folders() -> list[str]:
     """Where the interpreter and its packages live."""
+    return _python_folders(tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=1)  # asked for each sandbox, and it looks at the disk
+def _python_folders(path: tuple[str, ...]) -> list[str]:
     prefixes = {sys.base_prefix, sys.base_exec_prefix} - {"/", "/usr"}
     return sorted(prefixes) + package_folders()
 

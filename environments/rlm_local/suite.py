@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rlm.environment import Isolation
+from rlm.environment import BaseEnv, Isolation
 from rlm.testing import EnvironmentSuite
-from rlm.testing.sessions import parents
+from rlm.testing.sessions import descendants, parents
 
 CAP_DAC_READ_SEARCH = 1 << 2
 
@@ -42,9 +43,17 @@ class LocalSuite(EnvironmentSuite):
 
     def is_leftover(self, pid: int) -> bool:
         """A process runs, or begins or ceases to run, a session: the fork server forked it."""
-        command, parent = _command(pid), _command(parents().get(pid, 0))
-        forked = b"zygote.py" in command and b"zygote.py" in parent and not parent.startswith(b"bwrap ")
+        command = _command(pid)
+        forked = _is_python(pid) and _is_python(parents().get(pid, 0))
         return forked or (b"zygote.py" not in command and not command.startswith(b"bwrap "))
+
+    def kill(self, env: BaseEnv) -> None:
+        """The supervisor is killed, as by the kernel when memory runs out: a child of a fork server."""
+        tree = parents()
+        for pid in descendants(os.getpid()):
+            server = tree.get(pid, 0)
+            if _is_python(pid) and _is_python(server) and not _is_python(tree.get(server, 0)):
+                os.kill(pid, signal.SIGKILL)
 
     def on_host(self, path: str) -> Path | None:
         """Scratch directories are the host's, but for those inside bubblewrap."""
@@ -53,6 +62,12 @@ class LocalSuite(EnvironmentSuite):
     def kept_capabilities(self, isolation: Isolation) -> int:
         """Where the interpreter lies in root's own home a cell may read it: Landlock decides what else."""
         return CAP_DAC_READ_SEARCH if os.geteuid() == 0 and isolation.level == "landlock" else 0
+
+
+def _is_python(pid: int) -> bool:
+    """Whether a process is a fork server, or has been forked from one."""
+    command = _command(pid)
+    return b"zygote.py" in command and not command.startswith(b"bwrap ")
 
 
 def _command(pid: int) -> bytes:

@@ -15,12 +15,13 @@ import pytest
 from .. import __version__, plugins
 from ..environment import BaseEnv
 from ..errors import ConfigError
-from ..rlm import environment_factory, open_repl
+from ..pool import environment_factory
+from ..repl import open_repl
 from . import collected
 from .base import PluginSuite
 from .suite import CONTRACT_VERSION, Suite
 
-LEVELS = ("contract", "robustness", "isolation", "hygiene", "protocol")
+LEVELS = ("contract", "robustness", "isolation", "hygiene", "protocol", "runs")
 
 Outcome = Literal["passed", "failed", "skipped", "known failure"]
 

@@ -19,8 +19,9 @@ from ..environment import BaseEnv, Host
 from ..errors import SandboxError
 from ..events import EventBus
 from ..handler import LMHandler
-from ..ledger import Ledger, Limits
-from ..rlm import open_repl
+from ..ledger import Ledger
+from ..limits import Limits
+from ..repl import open_repl
 from ..session import Receive, ServeCalls, Session
 from .sessions import OpenCells, OpenSandbox, echo, eventually, open_files
 from .suite import Suite, requires
@@ -83,32 +84,9 @@ class Hygiene(Suite):
 
     level = "hygiene"
 
-    @pytest.fixture
-    def at_rest(self, environment: BaseEnv) -> set[str]:
-        """What exists of the environment while no session is open."""
-        with open_repl(environment):
-            pass
-        return self.settled()
-
-    def settled(self) -> set[str]:
-        """What exists now, once two looks in a row see the same."""
-        seen: list[set[str]] = [self.leftovers(os.getpid())]
-
-        def twice() -> bool:
-            threading.Event().wait(0.05)
-            seen.append(self.leftovers(os.getpid()))
-            return seen[-1] == seen[-2]
-
-        assert eventually(twice)
-        return seen[-1]
-
     def look(self, at_rest: set[str]) -> None:
         """See what there is while a session is open: a Python of its own cannot be nothing."""
         assert self.leftovers(os.getpid()) - at_rest or "cpython" not in self.capabilities
-
-    def is_clean(self, at_rest: set[str]) -> bool:
-        """Whether, within a generous bound, nothing exists but what was there at rest."""
-        return eventually(lambda: self.leftovers(os.getpid()) <= at_rest)
 
     # --- closing ------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import pytest
 
 from ..environment import BaseEnv, REPLResult
 from ..errors import ConfigError, RLMError, SandboxError
-from ..rlm import open_repl
+from ..repl import open_repl
 from .sessions import Cells, OpenCells, OpenSandbox, Sandbox, eventually
 from .suite import Suite, requires
 

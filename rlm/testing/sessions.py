@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 import pytest
 
 from .. import protocol
-from ..environment import BaseEnv, CellError, Isolation, REPLResult
+from ..environment import BaseEnv, CellError, Host, Isolation, REPLResult, SupportsReset
 from ..errors import RLMError
-from ..rlm import REPL
+from ..repl import REPL
+from ..rlm import RLM
 
 HANG = 120
 """Seconds after which a test that is still running has failed."""
@@ -70,8 +71,15 @@ class Cells:
 class Sandbox:
     """An open environment for tests that are coroutines, on the core's loop."""
 
-    def __init__(self, env: BaseEnv) -> None:
+    def __init__(self, env: BaseEnv, host: Host) -> None:
         self.env = env
+        self._host = host
+
+    async def begin_anew(self) -> None:
+        """Reset the environment, and have it serve the same host as before."""
+        assert isinstance(self.env, SupportsReset)
+        await self.env.reset()
+        await self.env.assign(self._host)
 
     @property
     def isolation(self) -> Isolation:
@@ -102,6 +110,7 @@ class Sandbox:
 
 OpenCells = Callable[..., Cells]
 OpenSandbox = Callable[..., Awaitable[Sandbox]]
+OpenRLM = Callable[..., RLM]
 
 
 async def echo(call: protocol.Call, texts: list[str]) -> list[str | RLMError]:

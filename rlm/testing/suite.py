@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,26 +18,32 @@ from typing import Any, ClassVar, TypeVar
 import pytest
 
 from .. import hostloop
+from ..client import BaseLM
 from ..environment import BaseEnv, Host, Isolation
 from ..events import EventBus
 from ..handler import LMHandler
-from ..ledger import Ledger, Limits
-from ..rlm import open_repl
+from ..ledger import Ledger
+from ..limits import Limits
+from ..repl import open_repl
+from ..rlm import RLM
+from ..tools import NO_TOOLS, Tools
 from .base import PluginSuite
 from .sessions import (
     Cells,
     OpenCells,
+    OpenRLM,
     OpenSandbox,
     Sandbox,
     Serve,
     descendants,
     echo,
+    eventually,
     identity,
     is_alive,
     unavailable,
 )
 
-CONTRACT_VERSION = "1.0"
+CONTRACT_VERSION = "2.0"
 """Of what the suite asks. The first number changes when an environment that passed may fail."""
 
 CAPABILITIES: Mapping[str, str] = {
@@ -50,6 +57,9 @@ CAPABILITIES: Mapping[str, str] = {
     "without, it may cost the variables, but neither session nor contexts",
     "isolation": "files, processes and kernel interfaces of the host, and other sessions, are out of reach",
     "network-none": "a cell reaches nothing over a network: no host outside, no service of this machine",
+    "persistence": "a session goes on from one completion to the next (`SupportsPersistence`)",
+    "snapshots": "variables can be saved, and put back into another sandbox (`SupportsSnapshot`)",
+    "reset": "a sandbox begins anew for another run, which finds nothing of the one before (`SupportsReset`)",
 }
 """What an environment may or may not offer. All else the suite asks of everyone."""
 
@@ -156,6 +166,13 @@ class Suite(PluginSuite):
         """Whether a process below a living host belongs to a session, and is not kept for the next one."""
         return True
 
+    def kill(self, env: BaseEnv) -> None:
+        """End the sandbox of ``env``, the only one that this process has, as an accident would.
+
+        What a session loses by that is not tested where this is not defined.
+        """
+        raise NotImplementedError
+
     def on_host(self, path: str) -> Path | None:
         """Where the host sees a path of a cell's; None where it does not."""
         return None
@@ -192,6 +209,11 @@ class Suite(PluginSuite):
         if absent and session.isolation.missing:
             unavailable(f"not enforced on this machine: {', '.join(absent)} ({session.isolation.missing})")
 
+    def need_kill(self) -> None:
+        """Go on only if the suite knows how to `kill` a sandbox."""
+        if type(self).kill is Suite.kill:
+            pytest.skip("the suite does not say how to `kill` a sandbox")
+
     def limited(self, environment: BaseEnv, limit: str) -> BaseEnv:
         """The environment with one of its `limits`."""
         if limit not in self.limits:
@@ -209,14 +231,17 @@ class Suite(PluginSuite):
 
     @pytest.fixture
     def open_cells(self, environment: BaseEnv) -> Iterator[OpenCells]:
-        """Opens sessions, perhaps with a limit and a listener, and closes them."""
+        """Opens sessions, perhaps with a limit, a listener and tools, and closes them."""
         with contextlib.ExitStack() as stack:
 
             def new(
-                limit: str | None = None, on_output: Callable[[str, str], None] = lambda stream, text: None
+                limit: str | None = None,
+                on_output: Callable[[str, str], None] = lambda stream, text: None,
+                tools: Mapping[str, Any] | None = None,
             ) -> Cells:
                 pattern = self.limited(environment, limit) if limit else environment
-                return Cells(stack.enter_context(open_repl(pattern, on_output=on_output)))
+                repl = open_repl(pattern, on_output=on_output, custom_tools=dict(tools or {}))
+                return Cells(stack.enter_context(repl))
 
             yield new
 
@@ -243,12 +268,15 @@ class Suite(PluginSuite):
         hostloop.run(stack.enter_async_context(handler))
 
         async def new(
-            serve: Serve = echo, on_output: Callable[[str, str], None] = lambda stream, text: None
+            serve: Serve = echo,
+            on_output: Callable[[str, str], None] = lambda stream, text: None,
+            tools: Tools = NO_TOOLS,
         ) -> Sandbox:
             env = environment.fresh()
             stack.push_async_callback(env.close)
-            await env.start(Host(handler, serve, on_output))
-            return Sandbox(env)
+            host = Host(handler, serve, on_output, tools=tools)
+            await env.start(host)
+            return Sandbox(env, host)
 
         try:
             yield new
@@ -259,6 +287,39 @@ class Suite(PluginSuite):
     def sandbox(self, open_sandbox: OpenSandbox) -> Sandbox:
         """One open sandbox that echoes prompts."""
         return hostloop.run(_awaited(open_sandbox))
+
+    @pytest.fixture
+    def open_rlm(self, environment: BaseEnv) -> Iterator[OpenRLM]:
+        """Makes RLMs over the environment, of a model and settings, and closes them."""
+        with contextlib.ExitStack() as stack:
+
+            def new(backend: BaseLM, **settings: Any) -> RLM:
+                return stack.enter_context(RLM(backend=backend, environment=environment, **settings))
+
+            yield new
+
+    @pytest.fixture
+    def at_rest(self, environment: BaseEnv) -> set[str]:
+        """What exists of the environment while no session is open."""
+        with open_repl(environment):
+            pass
+        return self.settled()
+
+    def settled(self) -> set[str]:
+        """What exists now, once two looks in a row see the same."""
+        seen: list[set[str]] = [self.leftovers(os.getpid())]
+
+        def twice() -> bool:
+            threading.Event().wait(0.05)
+            seen.append(self.leftovers(os.getpid()))
+            return seen[-1] == seen[-2]
+
+        assert eventually(twice)
+        return seen[-1]
+
+    def is_clean(self, at_rest: set[str]) -> bool:
+        """Whether, within a generous bound, nothing exists but what was there at rest."""
+        return eventually(lambda: self.leftovers(os.getpid()) <= at_rest)
 
     @pytest.fixture
     def host_folder(self) -> Iterator[Path]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from rlm.environment import BaseEnv
 from rlm.testing import EnvironmentSuite
+
+from .environment import ProcessREPL
 
 
 class ProcessSuite(EnvironmentSuite):
@@ -20,3 +23,9 @@ class ProcessSuite(EnvironmentSuite):
     where = "a process of this machine (Linux)"
     between = "nothing"
     first_cell = "about 0.1 s"
+
+    def kill(self, env: BaseEnv) -> None:
+        """What no sandbox survives, for the tests of what its session loses by that."""
+        assert isinstance(env, ProcessREPL)
+        assert env._process is not None
+        env._process.kill()

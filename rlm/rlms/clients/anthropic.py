@@ -1,0 +1,9 @@
+"""Anthropic, as scripts for rlms name it."""
+
+from .provider import ProviderClient
+
+
+class AnthropicClient(ProviderClient):
+    """The Messages API."""
+
+    backend = "anthropic"

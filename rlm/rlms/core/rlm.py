@@ -1,0 +1,5 @@
+"""RLM, where rlms has it."""
+
+from rlm.rlm import RLM
+
+__all__ = ["RLM"]

@@ -1,0 +1,1 @@
+"""What scripts for rlms find under ``rlm.utils``."""
