@@ -48,6 +48,9 @@ SAVE_TIMEOUT = 60.0
 EVERYTHING = "every variable but the contexts"
 """What did not survive, when there was nothing to go on from."""
 
+LOSSES, LOSS_CHARACTERS = 60, 400
+"""What is told of variables that could not be saved: how many, and how much of each."""
+
 PLAIN_LIMIT = 1 << 20
 """Characters of JSON in a result; a worker sends no more. As objects they are thirty times as much."""
 
