@@ -246,6 +246,7 @@ class Supervisor:
         limit = int(options.get("output_limit", 1 << 20))
         self._captured = {"stdout": Captured(limit), "stderr": Captured(limit)}
         self._pipes: dict[int, str] = {}
+        self._outputs: dict[str, int] = {}
         self._cell: int | None = None
         self._executor = 0
         self._slot = StandbySlot()
@@ -288,7 +289,7 @@ class Supervisor:
             self._kill_all()
             scratch = self._options.get("scratch")
             if scratch and self._options.get("remove_scratch"):
-                shutil.rmtree(scratch, ignore_errors=True)
+                remove_folder(scratch)
             os._exit(0)
 
     # -- starting
@@ -309,7 +310,15 @@ class Supervisor:
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(self._reader, select.POLLIN)
-        self._outputs = {}
+        self._open_pipes()
+
+    def _open_pipes(self) -> None:
+        """New pipes for what cells print: whoever held the old ones may have set anything about them."""
+        for read_end in self._pipes:
+            self._poll.unregister(read_end)
+        for end in (*self._pipes, *self._outputs.values()):
+            os.close(end)
+        self._pipes.clear()
         for name in ("stdout", "stderr"):
             read_end, self._outputs[name] = os.pipe()
             os.set_blocking(read_end, False)
@@ -500,12 +509,13 @@ class Supervisor:
             self._poll.unregister(self._channel.fileno())
             self._channel.close()
         self._drop_incoming()
-        self._cell = self._crash = self._crashed_cell = None
+        self._cell = self._crash = self._crashed_cell = self._doomed = None
         self._loading.clear()
         self._held.clear()
         self._kill_all()
         self._executor = 0
-        self._drain()
+        self._slot = StandbySlot()
+        self._open_pipes()
         for captured in self._captured.values():
             captured.take()
         left = _wipe(self._folders)
@@ -954,7 +964,7 @@ def _wipe(folders: dict[str, int]) -> list[str]:
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
             if os.path.isdir(path) and not os.path.islink(path):
-                _remove_folder(path)
+                remove_folder(path)
             else:
                 _attempt(os.unlink, path)
             if os.path.lexists(path):
@@ -962,16 +972,32 @@ def _wipe(folders: dict[str, int]) -> list[str]:
     return left
 
 
-def _remove_folder(path: str) -> None:
-    """Remove a folder, also of one that a cell has made unreadable."""
-    shutil.rmtree(path, ignore_errors=True)
+def remove_folder(path: str) -> None:
+    """Remove a folder, as far as that can be: however deep it is, and what a cell has made unreadable."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except RecursionError:
+        pass
     if os.path.lexists(path):
-        for folder, _, _ in os.walk(path):
+        _attempt(_take_apart, path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _take_apart(path: str) -> None:
+    """Bring up whatever is below the folders of a folder, until there is nothing in it."""
+    folders = [path]
+    while folders:
+        for folder in folders:
             _attempt(os.chmod, folder, 0o700)
             for entry in os.scandir(folder):
-                if entry.is_dir(follow_symlinks=False):
-                    _attempt(os.chmod, entry.path, 0o700)
-        shutil.rmtree(path, ignore_errors=True)
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                elif folder != path:
+                    _attempt(os.chmod, entry.path, 0o700)  # moving it changes what it says is above it
+                    os.rename(entry.path, os.path.join(path, os.urandom(16).hex()))
+            if folder != path:
+                os.rmdir(folder)
+        folders = [entry.path for entry in os.scandir(path)]
 
 
 def _attempt(step: Callable[..., Any], *arguments: Any) -> None:

@@ -236,3 +236,56 @@ def test_a_cell_that_says_what_its_executor_would_not_is_rolled_back(
     assert worker.execute(3, "x")[1]["value"] == b"1"
     worker.socket.close()
     assert worker.process.wait(20) == 0
+
+
+RESET = """
+import ctypes, fcntl, os
+pages = [line.partition('-')[0] for line in open('/proc/self/maps') if 'rw-s' in line and '/dev/zero' in line]
+def page(): return [ctypes.string_at(int(start, 16) + 100, 6) for start in pages]
+def pipes(): return [(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK, fcntl.fcntl(fd, 1032)) for fd in (1, 2)]
+"""
+
+
+def test_what_a_cell_can_set_about_what_it_shares_with_its_supervisor_is_new_after_a_reset(
+    tmp_path: Path,
+) -> None:
+    worker = Worker(sys.executable, scratch=str(tmp_path))
+    look = f"{RESET}\n[page(), pipes()]"
+    before = worker.execute(1, look)[1]["echo"]
+    spoil = "for start in pages: ctypes.memmove(int(start, 16) + 100, b'SECRET', 6)\n"
+    spoil += "for fd in (1, 2): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK); fcntl.fcntl(fd, 1031, 4096)\n"
+    assert worker.execute(2, f"{spoil}[page(), pipes()]")[1]["echo"] != before
+    worker.socket.sendall(wire.encode({"t": "reset", "id": -1}))
+    assert worker.receive()[0] == {"t": "loaded", "id": -1}
+    assert worker.execute(1, look)[1]["echo"] == before
+    assert worker.execute(2, "print('x' * 100_000, end='')")[1]["stdout"].startswith(b"x" * 500)
+    worker.socket.close()
+    assert worker.process.wait(20) == 0
+
+
+FOLDERS = {
+    "deep": "for _ in range(1500): os.mkdir('d'); os.chdir('d')",
+    "shut": "os.makedirs('a/b/c'); open('a/b/c/f', 'w').close()\n"
+    "for p in ('a/b/c', 'a/b', 'a'): os.chmod(p, 0)",
+    "deep and shut": "for _ in range(1500):\n  os.mkdir('d'); os.mkdir('e'); os.chmod('e', 0); os.chdir('d')",
+    "odd names": "os.mkdir('\\n'); os.mkdir('-rf'); os.mkdir(b'\\xff')\n"
+    "os.symlink('/', '\\n/up'); os.mkfifo('\\n/f')",
+}
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+@pytest.mark.parametrize("end", ["reset", "end"])
+def test_folders_of_any_kind_are_gone_after_a_reset_and_at_the_end(
+    what: str, end: str, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    worker = Worker(sys.executable, scratch=str(scratch), remove_scratch=True)
+    assert "error" not in worker.execute(1, f"import os\n{FOLDERS[what]}")[0]
+    if end == "reset":
+        worker.socket.sendall(wire.encode({"t": "reset", "id": -1}))
+        assert worker.receive()[0] == {"t": "loaded", "id": -1}
+        assert list(scratch.iterdir()) == []
+    worker.socket.close()
+    assert worker.process.wait(20) == 0
+    assert list(tmp_path.iterdir()) == []

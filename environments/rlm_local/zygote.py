@@ -15,7 +15,6 @@ import importlib.machinery
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -176,7 +175,7 @@ class Zygote:
                 os.kill(pid, signal.SIGKILL)
             except OSError:
                 pass
-        shutil.rmtree(self._scratch_root, ignore_errors=True)
+        self._worker.remove_folder(self._scratch_root)
         os._exit(0)
 
 
