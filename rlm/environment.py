@@ -515,12 +515,10 @@ class WorkerEnv(BaseEnv):
                 decoder = self._streams.setdefault(message.stream, _utf8(errors="replace"))
                 self._host.on_output(message.stream, decoder.decode(b"".join(blobs)))
         elif isinstance(message, protocol.CrashNotice):
-            self._note_crash(message.crash)
-            self._lost += self._losses(message.crash) or ["what ran in the background"]
+            self._note_crash(message.crash, "what ran in the background")
         elif isinstance(message, protocol.Result | protocol.Loaded):
             if isinstance(message, protocol.Result):
                 if message.crash is not None:
-                    self._lost += self._losses(message.crash)
                     self._note_crash(message.crash)
                 else:
                     self._has_variables = True
@@ -535,9 +533,11 @@ class WorkerEnv(BaseEnv):
             return [EVERYTHING] if self._has_variables else []
         return [name[:100] for name in crash.lost[:20]]
 
-    def _note_crash(self, crash: protocol.Crash) -> None:
+    def _note_crash(self, crash: protocol.Crash, *least: str) -> None:
+        """Take note of what is gone; ``least`` is what is told when nothing else is."""
         assert self.session is not None
         self.session.cancel_calls()
+        self._lost += self._losses(crash) or least
         if crash.state == "lost":
             self._given_is_gone, self._has_variables = True, False
         for number, future in self._pending.items():

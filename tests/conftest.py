@@ -45,7 +45,9 @@ def why_no_bubblewrap() -> str | None:
     if bwrap is None:
         return "bwrap is not installed"
     user = [] if os.geteuid() == 0 else ["--unshare-user"]
-    walls = ["--unshare-pid", "--unshare-net", "--ro-bind", "/", "/", "--proc", "/proc"]
+    walls = ["--unshare-pid", "--unshare-net", "--proc", "/proc"]
+    for folder in ("/usr", "/bin", "/lib", "/lib64"):  # not all of /: below it, containers come and go
+        walls += ["--ro-bind-try", folder, folder]
     command = [bwrap, *user, *walls, "true"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     return f"bwrap does not work here: {done.stderr.strip()}" if done.returncode else None

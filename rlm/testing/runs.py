@@ -46,8 +46,11 @@ DIRT: dict[str, tuple[tuple[str, ...], str, str]] = {
     "a limit": ((), "import resource; resource.setrlimit(7, (50, 60))", "__import__('resource').getrlimit(7)[1] > 60"),
     "a file": (("files",), "open('mine', 'w').close()", "__import__('os').listdir()"),
     "a file elsewhere": (("files", "isolation"), "import os\nfor folder in {0}:\n    with contextlib.suppress(OSError): open(folder + '/mine', 'w').close()", "[d for d in {0} if __import__('os').path.exists(d + '/mine')]"),
-    "the working directory": (("files",), "import os; os.mkdir('deep'); os.chdir('deep')", "__import__('os').path.basename(__import__('os').getcwd()) == 'deep'"),
-    "a directory that is shut": (("files",), "import os; os.path.samefile('.', '/tmp') or os.chmod('..', 0)", "__import__('os').access('.', 2)"),
+    "the working directory": (
+        ("files",),
+        "import os; here = os.getcwd(); os.mkdir('deep'); os.chdir('deep')\nwith contextlib.suppress(OSError): os.chmod(here, 0)",
+        "[__import__('os').path.basename(__import__('os').getcwd()) == 'deep', __import__('os').access('.', 2)]",
+    ),
 }  # fmt: skip
 """What a run may leave behind: which capabilities it takes, how it does that, and how the next one would see it."""
 

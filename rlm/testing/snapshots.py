@@ -64,6 +64,7 @@ UNSAVABLE = {
 
 HARM = {
     "exits": "import os; os._exit(1)",
+    "raises an exit": "raise SystemExit(1)",
     "never ends": "while True: pass",
     "ends the process": "import os; os.kill(os.getpid(), 9)",
 }
