@@ -346,11 +346,7 @@ class Conversation:
         settings which ``overrides`` do not give."""
         from .rlm import RLM
 
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"the session {str(path)!r} cannot be read: {error.strerror}") from error
-        content = snapshot.open_sealed(data, repr(str(path)))
+        content = snapshot.open_sealed(_read(path), repr(str(path)))
         try:
             file = msgspec.msgpack.decode(content, type=_File)
         except msgspec.MsgspecError as error:
@@ -434,6 +430,16 @@ def _loss(reason: str | None, lost: list[str]) -> str:
         lost=f"Lost: {'; '.join(lost)}." if lost else "Nothing is missing.",
     )
     return f"\n\n{text}"
+
+
+def _read(path: Path) -> bytes:
+    """A file, if it may be a session's: else no more of it than shows what it is."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(snapshot.HEAD)
+            return head + file.read() if head.startswith(snapshot.MAGIC) else head
+    except OSError as error:
+        raise ConfigError(f"the session {str(path)!r} cannot be read: {error.strerror}") from error
 
 
 def _write(path: Path, data: bytes) -> None:

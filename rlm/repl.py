@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ class REPL:
         self._on_output = on_output
         self._env: BaseEnv | None = None
         self._handler: LMHandler | None = None
+        self._process = os.getpid()
 
     def __enter__(self) -> REPL:
         hostloop.run(self._start())
@@ -69,6 +71,8 @@ class REPL:
     def _started(self) -> BaseEnv:
         if self._env is None:
             raise ConfigError("the session is not open: use `with open_repl(...) as repl:`")
+        if self._process != os.getpid():
+            raise ConfigError("the session is the parent process's: open one in this process")
         return self._env
 
     async def _start(self) -> None:
@@ -94,6 +98,8 @@ class REPL:
     async def _stop(self) -> None:
         env, self._env = self._env, None
         handler, self._handler = self._handler, None
+        if self._process != os.getpid():
+            return  # in a fork: all of it is the parent's
         if env is not None:
             await env.close()
         if handler is not None:

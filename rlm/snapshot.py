@@ -23,6 +23,8 @@ KEY_VARIABLE = "RLM_SNAPSHOT_KEY"
 KEY_BYTES = 32
 FORMAT = 1
 MAGIC = b"rlm snapshot %d\n" % FORMAT
+HEAD = 64
+"""Bytes by which a file is told from others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def seal(content: bytes) -> bytes:
 def open_sealed(data: bytes, name: str) -> bytes:
     """The content of a file that `seal` made. Raises ConfigError for any other; ``name`` is for its text."""
     if not data.startswith(MAGIC):
-        first = data[:64].partition(b"\n")[0].decode("ascii", "replace")
+        first = data[:HEAD].partition(b"\n")[0].decode("ascii", "replace")
         if first.startswith("rlm snapshot "):
             raise ConfigError(f"{name} was saved by another version ({first}; this one reads {FORMAT})")
         raise ConfigError(f"{name} is no saved session")

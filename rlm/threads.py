@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +26,7 @@ class Threads:
     def _begin(self) -> None:
         self._process = os.getpid()
         self._count = self._idle = 0
-        self._jobs: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
+        self._jobs: OrderedDict[concurrent.futures.Future[Any], Callable[[], Any]] = OrderedDict()
         self._changed = threading.Condition()
 
     async def run(self, work: Callable[[], Any]) -> Any:
@@ -41,19 +41,26 @@ class Threads:
         with self._changed:
             if self._closed:
                 raise RuntimeError("these threads are closed")
-            self._jobs.append((future, work))
+            self._jobs[future] = work
             if self._idle < len(self._jobs) and self._count < self._most:
                 self._start()
             self._changed.notify()
+        future.add_done_callback(self._forget)
         return future
+
+    def _forget(self, future: concurrent.futures.Future[Any]) -> None:
+        """What has been cancelled before its turn came is not held until then."""
+        if future.cancelled():
+            with self._changed:
+                self._jobs.pop(future, None)
 
     def close(self) -> None:
         """Drop what has not begun, and let the threads end. Waits for none. Safe to call twice."""
         with self._changed:
             self._closed = True
-            dropped, self._jobs = self._jobs, deque()
+            dropped, self._jobs = self._jobs, OrderedDict()
             self._changed.notify_all()
-        for future, _ in dropped:
+        for future in dropped:
             future.cancel()
 
     def _start(self) -> None:
@@ -63,7 +70,7 @@ class Threads:
         except RuntimeError:  # the system has no more; those that there are will do
             self._count -= 1
             if not self._count:
-                self._jobs.pop()
+                self._jobs.popitem()
                 raise
 
     def _work(self) -> None:
@@ -86,6 +93,6 @@ class Threads:
             self._changed.wait_for(lambda: self._jobs or self._closed, IDLE)
             self._idle -= 1
             if self._jobs:
-                return self._jobs.popleft()
+                return self._jobs.popitem(last=False)
             self._count -= 1
             return None

@@ -645,6 +645,11 @@ def test_a_file_that_cannot_be_written_or_read_is_a_config_error(kind: Kind, tmp
             RLM.resume(path)
 
 
+def test_of_another_kind_of_file_only_the_beginning_is_read() -> None:
+    with pytest.raises(ConfigError, match="'/dev/zero' is no saved session"):
+        RLM.resume("/dev/zero")
+
+
 @pytest.mark.parametrize("place", [0, 20, 60, 200, -1])
 def test_a_file_that_was_changed_is_refused(kind: Kind, tmp_path: Path, place: int) -> None:
     path = tmp_path / "session"
