@@ -13,7 +13,7 @@ demo: $(READY)
 	ENV=$(ENV) $(VENV)/bin/python examples/demo.py
 
 test: $(READY)
-	$(VENV)/bin/pytest -n 4 --dist worksteal -q $(TESTS)
+	$(VENV)/bin/pytest -n 3 --dist worksteal -q $(TESTS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
+from .. import environment
 from ..environment import BaseEnv, REPLResult
 from ..errors import ConfigError, RLMError, SandboxError
 from ..repl import open_repl
-from .sessions import Cells, OpenCells, OpenSandbox, Sandbox, eventually
+from .sessions import PATIENCE, Cells, OpenCells, OpenSandbox, Sandbox, eventually
 from .suite import Suite, requires
 
 BEFORE = """
@@ -185,7 +186,10 @@ class Robustness(Suite):
 
     @pytest.mark.parametrize("what", LOOPS)
     @requires("interrupt")
-    def test_a_timeout_interrupts_and_keeps_the_namespace(self, repl: Cells, what: str) -> None:
+    def test_a_timeout_interrupts_and_keeps_the_namespace(
+        self, repl: Cells, what: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(environment, "INTERRUPT_GRACE", PATIENCE)  # this is not about who is quick
         prepare(repl)
         error = repl.error(f"own = 5\n{LOOPS[what]}", timeout=0.5)
         assert (error.kind, error.type) == ("timeout", "CellTimeout")
