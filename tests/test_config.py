@@ -431,7 +431,7 @@ def test_no_key_is_in_a_file_and_its_place_is_named(settings: dict[str, Any], pl
         {"backend": ScriptedLM()},
         {"backend_kwargs": {"stop": (1,)}},
     ],
-    ids=repr,
+    ids=lambda settings: next(iter(settings)),
 )
 def test_what_a_file_would_make_something_else_of_is_to_be_given_again(settings: dict[str, Any]) -> None:
     kept, missing = Config.create(**settings).savable()
