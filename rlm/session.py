@@ -52,7 +52,6 @@ class Session:
         self.id = secrets.token_hex(8)
         self._secret = secrets.token_hex(32)
         self.blob_limit = blob_limit
-        self.in_flight = 0
         self._held = 0
         self.outlives_handler = False
         """Whether the handler that ends leaves it for another one to take over."""
@@ -62,6 +61,8 @@ class Session:
         self._receive = receive
         self._connection: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        """Calls that nobody waits for any more, and that have not ended yet."""
         self._calls: dict[int, asyncio.Task[None]] = {}
         loop = asyncio.get_running_loop()
         self._hello: asyncio.Future[protocol.Hello] = loop.create_future()
@@ -127,11 +128,20 @@ class Session:
             self.lost.set_result(reason)
         self.cancel_calls()
 
+    @property
+    def in_flight(self) -> int:
+        """Calls that the sandbox waits for."""
+        return len(self._tasks)
+
     def cancel_calls(self) -> None:
         """Cancel what is in flight: the process that waited for it is gone."""
         for task in self._tasks:
             task.cancel()
         self._calls.clear()
+        if self._tasks:
+            self._ending |= self._tasks
+            self._tasks.clear()
+            self.on_waiting(False)
 
     @property
     def is_connected(self) -> bool:
@@ -161,21 +171,21 @@ class Session:
         size = sum(map(len, blobs))
         fits = self._held + size <= HELD_LIMIT
         self._held += size
-        self.in_flight += 1
-        if self.in_flight == 1:
-            self.on_waiting(True)
         task = asyncio.get_running_loop().create_task(self._answer(call, texts if fits else None))
         self._calls[call.id] = task
         self._tasks.add(task)
+        if self.in_flight == 1:
+            self.on_waiting(True)
         task.add_done_callback(functools.partial(self._end_call, size))
 
     def _end_call(self, size: int, task: asyncio.Task[None]) -> None:
         """A call is over: answered, or cancelled, perhaps before it has begun."""
-        self._tasks.discard(task)
         self._held -= size
-        self.in_flight -= 1
-        if self.in_flight == 0:
-            self.on_waiting(False)
+        self._ending.discard(task)
+        if task in self._tasks:
+            self._tasks.remove(task)
+            if not self._tasks:
+                self.on_waiting(False)
 
     async def _answer(self, call: protocol.Call, texts: list[str] | None) -> None:
         try:
