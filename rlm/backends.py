@@ -99,17 +99,19 @@ class Backends:
 
     def _offered(self) -> str:
         """The names worth telling: one for each gate."""
-        names = self._names()
-        first = {id(gate): name for name, gate in reversed(names.items())}
-        offered = [first[id(gate)] for gate in self.gates if id(gate) in first]
-        return ", ".join(map(repr, [*self._aliases, *offered]))
+        return ", ".join(map(repr, [*self._aliases, *self._models()]))
+
+    def _models(self) -> list[str]:
+        first = {id(gate): name for name, gate in reversed(self._names().items())}
+        return [first[id(gate)] for gate in self.gates if id(gate) in first]
 
     def check_aliases(self) -> None:
         """Raises ConfigError for an alias of a model that there is not, or that hides one."""
         names = self._names()
         for alias, name in self._aliases.items():
             if name not in names:
-                raise ConfigError(f"model_aliases: {alias!r} stands for {name!r}; there is {self._offered()}")
+                models = ", ".join(map(repr, self._models()))
+                raise ConfigError(f"model_aliases: {alias!r} stands for {name!r}; there is {models}")
             if alias in names:
                 raise ConfigError(f"model_aliases: {alias!r} is the name of a model already")
 

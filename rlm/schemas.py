@@ -166,14 +166,18 @@ class _JSONSchema(Schema):
 # -- names
 
 
+def _of_setting(name: str, kind: Any) -> Schema:
+    try:
+        return of_json(kind) if isinstance(kind, dict) else of_type(kind)
+    except ConfigError as error:
+        raise ConfigError(f"schemas: {name!r}: {error}") from None
+
+
 class Schemas:
     """Schemas that cells may ask for by name, and what else they may ask for: a JSON schema."""
 
     def __init__(self, named: Mapping[str, Any] | None = None) -> None:
-        self._named = {
-            name: of_json(kind) if isinstance(kind, dict) else of_type(kind)
-            for name, kind in (named or {}).items()
-        }
+        self._named = {name: _of_setting(name, kind) for name, kind in (named or {}).items()}
 
     @property
     def names(self) -> list[str]:

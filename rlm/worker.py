@@ -1577,10 +1577,9 @@ class Executor:
                 if self._is_stale and self._fork_standby():
                     continue  # this is the copy, which took over because of this very cell
                 self._slot.cell = message["id"]
-                is_settled = self._execute(message, blobs)
-                if not is_settled:
+                if not self._execute(message, blobs):
                     self._fork_standby()
-                    is_settled = True
+                is_settled = True
             elif message["t"] == "load":
                 self._load(message, blobs, descriptor)
                 self._is_stale = self._has_run

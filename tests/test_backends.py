@@ -54,14 +54,12 @@ def test_without_a_name_aliases_change_nothing() -> None:
 
 
 def test_an_alias_of_an_alias_is_none() -> None:
-    with pytest.raises(ConfigError, match="'b' stands for 'a'; there is 'a', 'b', 'large'"):
+    with pytest.raises(ConfigError, match="'b' stands for 'a'; there is 'large'"):
         backends("large", a="large", b="a").check_aliases()
 
 
 def test_an_alias_of_a_model_that_there_is_not_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="model_aliases: 'fast' stands for 'smal'; there is 'fast', 'large'"
-    ):
+    with pytest.raises(ConfigError, match="model_aliases: 'fast' stands for 'smal'; there is 'large'"):
         backends("large", fast="smal").check_aliases()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
 from rlm.errors import ConfigError, RLMError
-from rlm.schemas import Schema, of_json, of_type
+from rlm.schemas import Schema, Schemas, of_json, of_type
 from rlm.validator import DEPTH, PROBLEMS, SIZE
 
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
@@ -537,3 +537,10 @@ def test_garbage_fits_a_type_or_is_a_complaint(value: Any, text: str) -> None:
     for schema in (of_type(Order), of_type(dict[str, int]), of_json(ORDER)):
         for parsed, why in (schema.parse(text, value), schema.parse(text)):
             assert why is None or parsed is None
+
+
+def test_a_named_schema_that_is_none_says_which_it_is() -> None:
+    with pytest.raises(ConfigError, match="schemas: 'X': 5 is no type"):
+        Schemas({"X": 5})
+    with pytest.raises(ConfigError, match="schemas: 'Y': the JSON schema is not valid"):
+        Schemas({"Y": {"type": "strin"}})
